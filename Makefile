@@ -1,0 +1,56 @@
+# The front door. `make help` lists the targets; each sets up what it needs.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TORCH  ?= torch==2.13.0  # the CPU build; without the pin pip would fetch gigabytes of CUDA packages
+TRANSPORT ?= zmq
+SOURCES := pd_fsm transports examples benchmarks tests
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types unit docs docs-check bench build clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
+
+setup: $(VENV)/.ready  ## virtual environment with everything for demo and tests (1 to 3 min)
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install -qq --editable '.[dev]'
+	touch $@
+
+demo: setup  ## real engine processes hand their KV cache over; checks the answers (under 2 min)
+	$(BIN)/pd-fsm demo --transport $(TRANSPORT) $(ARGS)
+
+test: lint types docs-check unit  ## all that a change must pass: lint, types, generated docs, tests (3 to 6 min)
+
+lint: setup  ## ruff: format and rules
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+
+# mypy sees the package as it is installed: the top-level folders inside it.
+types: setup  ## mypy --strict on the package
+	rm -rf .types && mkdir -p .types && cp -R pd_fsm .types/pd_fsm
+	cp -R transports .types/pd_fsm/transports && cp -R examples .types/pd_fsm/examples && cp -R benchmarks .types/pd_fsm/benchmarks
+	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache pd_fsm
+
+unit: setup  ## the tests alone; ARGS are passed to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+docs: setup  ## generate docs/states.md and the diagrams from the machines
+	$(BIN)/python -m pd_fsm.machines.diagram --write
+
+docs-check: setup  ## fail when a generated file is stale
+	$(BIN)/python -m pd_fsm.machines.diagram --check
+
+bench: setup  ## measure beside what a user would use instead; ARGS="core poll --quick"
+	$(BIN)/pd-fsm bench $(ARGS)
+
+build: setup  ## wheel and source distribution, in dist/
+	$(BIN)/python -m build
+
+clean:  ## remove what was generated, the virtual environment too
+	rm -rf $(VENV) .types build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
