@@ -1,0 +1,69 @@
+"""Copy plans: which bytes go where, for all layers at once, in numpy.
+
+A plan is four aligned arrays over copies. Regions are numbers into the layout, which both sides share; addresses are made by
+whoever owns the memory. Neighbouring pages that are neighbours on both sides become one copy. There is no Python loop over
+pages.
+"""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from pd_fsm.core.events import Copies
+from pd_fsm.kv.layout import KVLayout
+
+
+@attrs.frozen(eq=False)
+class Plan:
+    """`nbytes[i]` bytes from `region[i]` at `source[i]` to the same region of the other side at `destination[i]`.
+
+    region: int32 [n] region number; source, destination, nbytes: int64 [n], in bytes. Copies of one region are adjacent.
+    """
+
+    region: NDArray[np.int32]
+    source: NDArray[np.int64]
+    destination: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+    total_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.region)
+
+
+def make_plan(layout: KVLayout, copies: Copies, aux: tuple[int, int] | None) -> Plan:
+    """The plan of one operation: `copies` of pages for each index space, and the aux row (source, destination) if any.
+
+    Page numbers are trusted here: the core has checked them against both sides' layouts.
+    """
+    parts = []
+    for space, packed_source, packed_destination in copies:
+        source = np.frombuffer(packed_source, dtype="<i4").astype(np.int64)
+        destination = np.frombuffer(packed_destination, dtype="<i4").astype(np.int64)
+        parts.append(_space_part(layout, space, source, destination))
+    if aux is not None:
+        one = np.array([aux[0]], dtype=np.int64), np.array([aux[1]], dtype=np.int64)
+        parts += [_space_part(layout, space, *one) for space in layout.aux_spaces()]
+    region, source, destination, nbytes = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Plan(region, source, destination, nbytes, int(nbytes.sum()))
+
+
+def _space_part(
+    layout: KVLayout, space: str, source: NDArray[np.int64], destination: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Copies of one index space: runs of pages that are adjacent on both sides, times its regions."""
+    assert len(source) == len(destination), f"{len(source)} source pages for {len(destination)} destination pages"
+    regions, item_bytes = layout.space_regions(space)
+    count = len(source)
+    starts_run = np.ones(count, dtype=bool)
+    if count > 1:
+        starts_run[1:] = (np.diff(source) != 1) | (np.diff(destination) != 1)
+    first = np.flatnonzero(starts_run)
+    pages = np.diff(np.append(first, count))
+    return (
+        np.repeat(regions, len(first)),
+        np.multiply.outer(item_bytes, source[first]).ravel(),
+        np.multiply.outer(item_bytes, destination[first]).ravel(),
+        np.multiply.outer(item_bytes, pages).ravel(),
+    )
