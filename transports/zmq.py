@@ -1,0 +1,168 @@
+"""The embedded default: control and data over ZeroMQ, tcp or ipc.
+
+The prefill side binds a ROUTER for control and dials each decode rank's data ROUTER; the decode side the other way round. So
+each pair of ranks has one connection for messages and one for pages, and a bulk transfer never delays a message. Every socket
+is used by whoever drives the session, and by nobody else.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import zmq
+
+from pd_fsm.core import events as ev
+from pd_fsm.core import wire
+from pd_fsm.errors import ConfigError
+from pd_fsm.runtime.reactor import HANDLER_MESSAGES_MAX, Source
+from pd_fsm.runtime.transport import Host, Transport
+from pd_fsm.transports.zmq_data import ZmqData
+from pd_fsm.transports.zmq_dial import Dialer, routing_id
+
+logger = logging.getLogger("pd_fsm.transports.zmq")
+
+HANDSHAKE_MS = 5_000
+
+
+class ZmqControl:
+    """Frames over one ROUTER (prefill) or one DEALER a peer (decode)."""
+
+    def __init__(
+        self, host: Host, context: zmq.Context[zmq.Socket[bytes]], router: zmq.Socket[bytes] | None, endpoint: str
+    ) -> None:
+        self.endpoint = endpoint
+        self._host = host
+        self._context = context
+        self._router = router
+        self._router_source: Source | None = None
+        self._dialers: dict[bytes, Dialer] = {}
+        if router is not None:
+            self._router_source = host.reactor.add_socket(router, self._on_router)
+
+    def connect(self, peer: bytes, endpoint: str) -> None:
+        known = self._dialers.get(peer)
+        if known is not None and known.endpoint == endpoint:
+            return
+        self.disconnect(peer)
+        try:
+            self._dialers[peer] = Dialer(
+                self._host, self._context, peer, endpoint, self._host.limits.outbox_messages_max, lambda: self._on_dialer(peer)
+            )
+        except zmq.ZMQError as error:
+            self._host.emit(ev.PeerUnreachable(peer, f"cannot connect to {endpoint!r}: {error}", dead=False))
+
+    def send(self, peer: bytes, frame: bytes) -> None:
+        dialer = self._dialers.get(peer)
+        try:
+            if dialer is not None:
+                dialer.socket.send(frame, zmq.NOBLOCK)
+                dialer.touch()
+            elif self._router is not None:
+                self._router.send_multipart([routing_id(peer), frame], zmq.NOBLOCK)
+                assert self._router_source is not None
+                self._host.reactor.touch(self._router_source)
+        except zmq.Again:
+            limit = self._host.limits.outbox_messages_max
+            self._host.emit(ev.PeerOverflowed(peer, f"it does not read: {limit} messages are queued (Limits.outbox_messages_max)"))
+        except zmq.ZMQError as error:
+            self._host.emit(ev.PeerUnreachable(peer, f"no connection: {error}"))
+
+    def disconnect(self, peer: bytes) -> None:
+        dialer = self._dialers.pop(peer, None)
+        if dialer is not None:
+            dialer.close()
+
+    def close(self, linger_ms: int) -> None:
+        for dialer in self._dialers.values():
+            dialer.close(linger_ms)
+        self._dialers.clear()
+        if self._router is not None:
+            assert self._router_source is not None
+            self._host.reactor.remove(self._router_source)
+            self._router.close(linger=linger_ms)
+            self._router = None
+
+    def _on_router(self) -> bool:
+        assert self._router is not None
+        for _ in range(HANDLER_MESSAGES_MAX):
+            try:
+                sender, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            # A connection speaks for the session that it was opened by, and for no other.
+            if len(frames) == 1 and frames[0][4:20] == sender[1:]:
+                self._host.deliver(frames[0])
+            else:
+                logger.warning("%s: dropped a message that does not come from the session it names", self._host.name)
+        return True
+
+    def _on_dialer(self, peer: bytes) -> bool:
+        for _ in range(HANDLER_MESSAGES_MAX):
+            dialer = self._dialers.get(peer)
+            if dialer is None:
+                return False
+            try:
+                frames = dialer.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            self._host.deliver(frames[0] if len(frames) == 1 else b"")
+        return True
+
+
+def _bind(
+    host: Host, context: zmq.Context[zmq.Socket[bytes]], scheme: str, directory: str, what: str, port: int
+) -> tuple[zmq.Socket[bytes], str]:
+    """A bound ROUTER and the endpoint to advertise. Raises ConfigError naming the address."""
+    router = context.socket(zmq.ROUTER)
+    router.setsockopt(zmq.LINGER, 0)
+    router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that reconnects takes its place over from its broken connection
+    router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    router.setsockopt(zmq.MAXMSGSIZE, wire.FRAME_BYTES_MAX if what == "control" else -1)
+    router.setsockopt(zmq.SNDHWM, host.limits.outbox_messages_max)
+    if scheme == "ipc":
+        address = f"ipc://{directory}/{host.incarnation.hex()}.{what}"
+    else:
+        literal = f"[{host.address}]" if ":" in host.address else host.address
+        router.setsockopt(zmq.IPV6, int(":" in host.address))
+        address = f"tcp://{literal}:{port or '*'}"
+    try:
+        router.bind(address)
+    except zmq.ZMQError as error:
+        router.close()
+        raise ConfigError(
+            f"cannot bind the {what} socket of {host.name} at {address}: {error}; choose another host or port"
+        ) from None
+    return router, router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def create(host: Host, scheme: str = "tcp", directory: str = "", control_port: int = 0, io_threads: int = 1) -> Transport:
+    """The ZeroMQ transport.
+
+    `scheme` is "tcp", on the session's host, or "ipc", with socket files in `directory`. `control_port` 0 takes a free one. Raises
+    ConfigError for an address that cannot be bound, an ipc directory that does not exist, or device memory.
+    """
+    if scheme not in ("tcp", "ipc"):
+        raise ConfigError(f"scheme must be 'tcp' or 'ipc', not {scheme!r}")
+    if scheme == "ipc" and not Path(directory).is_dir():
+        raise ConfigError(f"scheme 'ipc' needs an existing directory for its sockets, not {directory!r}")
+    if not all(region.host for region in host.layout.regions):
+        raise ConfigError("transport 'zmq' needs host memory; some buffers of the layout are on a device")
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads)
+    try:
+        what = "control" if host.role == "prefill" else "data"
+        router, endpoint = _bind(host, context, scheme, directory, what, control_port if what == "control" else 0)
+    except ConfigError:
+        context.term()
+        raise
+    control_router, data_router = (router, None) if what == "control" else (None, router)
+    control = ZmqControl(host, context, control_router, endpoint if what == "control" else "")
+    data = ZmqData(host, context, data_router, endpoint if what == "data" else "")
+
+    def close(linger_ms: int) -> None:
+        control.close(linger_ms)
+        data.close()
+        context.term()  # returns once what lingers has left or its time is over
+
+    return Transport("zmq", control, data, close)
