@@ -7,7 +7,7 @@ TRANSPORT ?= zmq
 SOURCES := pd_fsm transports examples benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit docs docs-check bench build clean
+.PHONY: help setup demo test lint types unit scenarios chaos docs docs-check bench build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -39,11 +39,19 @@ types: setup  ## mypy --strict on the package
 unit: setup  ## the tests alone; ARGS are passed to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-docs: setup  ## generate docs/states.md and the diagrams from the machines
+scenarios: setup  ## replay every recorded race on the core, and on the real runtime where it concerns that (2 min)
+	$(BIN)/python -m pd_fsm.testing.records tests/scenarios
+
+chaos: setup  ## kill, stop, cut and restart real processes, then look for lost rooms and pages (3 min)
+	$(BIN)/python -m pd_fsm.testing.chaos $(ARGS)
+
+docs: setup  ## generate docs/states.md, the diagrams and docs/records.md
 	$(BIN)/python -m pd_fsm.machines.diagram --write
+	$(BIN)/python -m pd_fsm.testing.records tests/scenarios --docs docs/records.md
 
 docs-check: setup  ## fail when a generated file is stale
 	$(BIN)/python -m pd_fsm.machines.diagram --check
+	$(BIN)/python -m pd_fsm.testing.records tests/scenarios --docs docs/records.md --check
 
 bench: setup  ## measure beside what a user would use instead; ARGS="core poll --quick"
 	$(BIN)/pd-fsm bench $(ARGS)
