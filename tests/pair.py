@@ -63,6 +63,11 @@ class Side:
         """What this side knows of another one (default: the other side)."""
         return self.core.peers[(side or self.pair.other(self)).incarnation]
 
+    def failure(self, room: int = 7) -> ev.Failure:
+        found = self.room(room).failure
+        assert found is not None, f"room {room} did not fail"
+        return found
+
     def tell(self, message: wire.Message, source: Side | None = None) -> list[ev.Effect]:
         """Hand this side a message as if `source` (default: the other side) had sent it."""
         return self.step(ev.Received((source or self.pair.other(self)).incarnation, self.incarnation, message))
@@ -233,3 +238,10 @@ class Pair:
             assert not core.links, side.core.identity.name
             assert not core.leases, side.core.identity.name
             assert not core.timers.repeats, (side.core.identity.name, core.timers.repeats)
+
+
+def met(deadlines: Deadlines | None = None, limits: Limits | None = None) -> Pair:
+    """A pair that has completed its handshake."""
+    pair = Pair(deadlines, limits)
+    pair.meet()
+    return pair

@@ -14,7 +14,7 @@ from pd_fsm.core.wire import Greeting, Message, Part
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """Why a room failed: `cause` is one of CAUSES, for counters and policy, `reason` is for people, `peer` the other side involved."""
+    """Why a room failed: `cause` is one of CAUSES, for counters and policy; `reason` is for people; `peer` names the other side."""
 
     cause: str
     reason: str
@@ -66,12 +66,25 @@ class OpenSend(msgspec.Struct, frozen=True):
 
 
 class OpenReceive(msgspec.Struct, frozen=True):
+    """`pages` None: they are reserved later, by GrantPages, when prefill is done. `tokens`: how long the whole prompt must be."""
+
     room: int
-    pages: Pages
+    pages: Pages | None
     aux_row: int = -1
     decode_prefix_len: int = 0
     address: str = ""
     dp_rank: int | None = None
+    tokens: int | None = None
+
+
+class GrantPages(msgspec.Struct, frozen=True):
+    """The pages of a room that was opened without."""
+
+    generation: int
+    pages: Pages
+    aux_row: int = -1
+    decode_prefix_len: int = 0
+    tokens: int | None = None
 
 
 class ChunkReady(msgspec.Struct, frozen=True):
@@ -94,6 +107,19 @@ class ClearRequested(msgspec.Struct, frozen=True):
     generation: int
 
 
+class CancelRequested(msgspec.Struct, frozen=True):
+    """Abort a room by its number, whether it is open already or will be."""
+
+    room: int
+    reason: str
+
+
+class DrainRequested(msgspec.Struct, frozen=True):
+    """Take no new rooms; running ones finish."""
+
+    reason: str
+
+
 class ShutdownRequested(msgspec.Struct, frozen=True):
     reason: str
 
@@ -106,9 +132,12 @@ class GoodbyeRequested(msgspec.Struct, frozen=True):
 
 
 class Received(msgspec.Struct, frozen=True):
+    """A message. `via` is the peer whose connection it came on, as far as the transport can tell: it speaks for no other."""
+
     source: bytes
     destination: bytes
     message: Message
+    via: bytes = b""
 
 
 class PeerUnreachable(msgspec.Struct, frozen=True):
@@ -179,9 +208,12 @@ class Revoked(msgspec.Struct, frozen=True):
 Event: TypeAlias = (
     OpenSend
     | OpenReceive
+    | GrantPages
     | ChunkReady
     | AbortRequested
+    | CancelRequested
     | ClearRequested
+    | DrainRequested
     | ShutdownRequested
     | GoodbyeRequested
     | Received

@@ -31,7 +31,7 @@ def writers_for(session: SessionCore, records: tuple[ev.PeerRecord, ...]) -> lis
     same = [r for r in records if (r.tp_rank, r.pp_rank, r.cp_rank) == (mine.tp_rank, mine.pp_rank, mine.cp_rank)]
     if not same:
         raise ValueError(f"no prefill rank matches tp_rank={mine.tp_rank}, pp_rank={mine.pp_rank}, cp_rank={mine.cp_rank}")
-    return same
+    return list({record.incarnation: record for record in same}.values())  # a rank that is listed twice is one writer
 
 
 def meet(session: SessionCore, record: ev.PeerRecord) -> Peer | None:
@@ -53,7 +53,9 @@ def acquaint(session: SessionCore, incarnation: bytes, name: str, endpoint: str)
         return None
     peer = Peer(incarnation, name, endpoint, heard_ms=session.now_ms, since_ms=session.now_ms)
     if known is not None:  # met anew: what is owed to it, and what it must not open again, stays
-        peer.links, peer.spent, peer.spent_floor = known.links, known.spent, known.spent_floor
+        peer.links, peer.spent, peer.spent_floor, peer.home = known.links, known.spent, known.spent_floor, known.home
+    else:
+        session.recall_spent(peer)
     peer.epoch = session.next_epoch()
     session.timers.arm(session.now_ms + session.deadlines.heartbeat_ms, ("peer", incarnation, peer.epoch))
     session.peers[incarnation] = peer
@@ -69,6 +71,8 @@ def misfit(session: SessionCore, theirs: wire.Greeting) -> str:
         return f"{mine.name} uses transport {mine.transport!r} and {theirs.name} {theirs.transport!r}"
     ours_by_name = {c.name: c for c in mine.components}
     theirs_by_name = {c.name: c for c in theirs.components}
+    if len(theirs_by_name) != len(theirs.components):
+        return f"{theirs.name} names a component twice: {sorted(c.name for c in theirs.components)}"
     if set(ours_by_name) != set(theirs_by_name):
         return f"{mine.name} has the components {sorted(ours_by_name)} and {theirs.name} {sorted(theirs_by_name)}"
     for name, ours in ours_by_name.items():
@@ -79,6 +83,8 @@ def misfit(session: SessionCore, theirs: wire.Greeting) -> str:
                 if field == "item_bytes":
                     a, b = _short(a), _short(b)
                 return f"component {name!r}: {field} is {a} at {mine.name} and {b} at {theirs.name}"
+        if ours.dtype and other.dtype and ours.dtype != other.dtype:
+            return f"component {name!r}: dtype is {ours.dtype} at {mine.name} and {other.dtype} at {theirs.name}"
     return ""
 
 

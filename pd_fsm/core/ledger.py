@@ -6,11 +6,18 @@ machine's state: `session.Session.move` does.
 
 from __future__ import annotations
 
+from collections import deque
+
 import attrs
 
 from pd_fsm.core.events import ChunkReady, Failure, OpenReceive
 from pd_fsm.core.wire import ComponentInfo, Greeting, Offer
 from pd_fsm.machines import LeaseState, PeerState, Phase
+from pd_fsm.machines.room import TERMINAL
+
+_OWNED = (LeaseState.PRIVATE, LeaseState.QUIESCED)
+_UP = (PeerState.READY, PeerState.SUSPECT)
+PLACED_MAX = 64  # writes remembered for each peer; one that so many later ones overtook is not queued, it stalls
 
 
 @attrs.define(eq=False)
@@ -23,7 +30,7 @@ class Lease:
     @property
     def owned(self) -> bool:
         """Whether nobody but the owner can touch the memory."""
-        return self.state in (LeaseState.PRIVATE, LeaseState.QUIESCED)
+        return self.state in _OWNED
 
 
 @attrs.define(eq=False)
@@ -38,7 +45,9 @@ class Link:
     chunks_confirmed: set[int] = attrs.field(factory=set)
     chunks_total: int = 0  # receiver: 0 until the sender said which chunk is the last
     complete: bool = False  # receiver: every part of this peer was confirmed
-    exposed: bool = False  # receiver: the grant went out
+    announced: bool = False  # receiver: an offer went out, so the writer must be told how the room ends
+    opened: bool = False  # receiver: the writer has the room open, too
+    exposed: bool = False  # receiver: the offer granted pages
     bytes_moved: int = 0
     told: bool = True  # sender: the data plane itself told decode of every part
     verdict_acked: bool = False  # sender: decode knows the verdict
@@ -58,6 +67,8 @@ class Room:
     failure: Failure | None = None
     deadline_ms: float = 0.0
     readers: int = 0  # sender: how many decode ranks must offer
+    refused: int = 0  # sender: how many of them offered after it had failed, and were told so
+    cancelled: Failure | None = None  # cancelled by its number after it had been aborted: it must not be tried again
     request: OpenReceive | None = None  # receiver: what the engine granted
     links: dict[bytes, Link] = attrs.field(factory=dict)
     chunks: list[ChunkReady] = attrs.field(factory=list)
@@ -65,11 +76,12 @@ class Room:
     closed: bool = False  # sender: the last chunk was handed in
     bytes_moved: int = 0
     lease: Lease = attrs.field(factory=Lease)
+    tokens_computed: int | None = None  # receiver: prefill holds the whole prompt and waits for pages
     lookup_reason: str = ""  # receiver: why the last lookup failed
 
     @property
     def live(self) -> bool:
-        return self.state not in (Phase.SUCCESS, Phase.FAILED)
+        return self.state not in TERMINAL
 
     def all_confirmed(self) -> bool:
         """Whether every expected part was confirmed, each once, under its full key (peer, chunk)."""
@@ -100,24 +112,33 @@ class Peer:
 
     incarnation: bytes
     name: str
-    endpoint: str  # empty when the peer connected to us
+    endpoint: str  # where we look for it; empty when the peer connected to us
     heard_ms: float
     since_ms: float
     state: PeerState = PeerState.CONNECTING
     greeting: Greeting | None = None
     reason: str = ""  # why it was lost or refused
-    dead: bool = False  # proven: it cannot touch anything any more
+    dead: bool = False  # proven: its process is gone
+    home: str = ""  # the endpoint at which it has answered
+    draining: bool = False  # it takes no new rooms
     epoch: int = 0  # tells this acquaintance from an earlier one with the same process
     links: set[Link] = attrs.field(factory=set)
     spent: dict[int, Failure | None] = attrs.field(factory=dict)  # concluded generations, oldest first
     spent_floor: int = 0  # every unknown generation up to here counts as spent
+    placed: deque[tuple[int, float]] = attrs.field(factory=lambda: deque(maxlen=PLACED_MAX))  # sender: (op, when), both rising
 
     @property
     def up(self) -> bool:
-        return self.state is PeerState.READY or self.state is PeerState.SUSPECT
+        return self.state in _UP
 
     def ordered_links(self) -> list[Link]:
         return sorted(self.links, key=lambda link: link.generation)
+
+    def note_placed(self, op: int, now_ms: float) -> None:
+        """A write to this peer ended well. Kept so that for any later op the last one before it is found."""
+        while self.placed and self.placed[-1][0] > op:
+            self.placed.pop()
+        self.placed.append((op, now_ms))
 
     def spend(self, generation: int, failure: Failure | None, spent_max: int) -> None:
         """Remember that a transfer concluded, so that a repeated offer cannot open it again."""

@@ -6,7 +6,7 @@ number and age and answers those who register late. Early offers are kept within
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import attrs
 
@@ -18,12 +18,16 @@ from pd_fsm.core.wire import Offer
 
 @attrs.define(eq=False)
 class Tombstone:
-    """The verdict of a cleared sending room. `unmet` readers never offered before it was cleared."""
+    """The verdict of a cleared room. `unmet` readers of a sending one have not offered, so they do not know it yet.
+
+    `cancelled`: the room was given up by its number before it was opened here, and its next open fails at once.
+    """
 
     room: int
     failure: Failure | None
     unmet: int
     expires_ms: float
+    cancelled: bool = False
 
 
 class Registry:
@@ -37,6 +41,7 @@ class Registry:
         self.tombstones: OrderedDict[int, Tombstone] = OrderedDict()
         self._early: OrderedDict[tuple[int, bytes, int], tuple[Offer, float]] = OrderedDict()
         self._early_rooms: dict[int, dict[tuple[int, bytes, int], None]] = {}
+        self._early_of: Counter[bytes] = Counter()  # by peer
         self._last_generation = 0
 
     def mint(self) -> int:
@@ -55,38 +60,75 @@ class Registry:
         del self.by_generation[room.generation]
 
     def bury(self, room: Room, now_ms: float) -> None:
-        """Leave a tombstone for a sending room."""
-        unmet = room.readers - len(room.links)
-        expires_ms = now_ms + self._deadlines.tombstone_ms
-        self.tombstones.pop(room.room, None)
-        self.tombstones[room.room] = Tombstone(room.room, room.failure, unmet, expires_ms)
+        """Leave a tombstone: it answers readers that register late, and tells a late cancel from an early one."""
+        unmet = room.readers - len(room.links) - room.refused
+        self._entomb(Tombstone(room.room, room.failure, unmet, now_ms + self._deadlines.tombstone_ms))
+
+    def cancel(self, room: int, failure: Failure, now_ms: float) -> None:
+        """Remember that a room that is not open here was given up."""
+        self._entomb(Tombstone(room, failure, 1 << 31, now_ms + self._deadlines.tombstone_ms, cancelled=True))
+
+    def over(self, room: int) -> bool:
+        """Whether a room was cleared not long ago, and no peer waits for another life of it."""
+        tombstone = self.tombstones.get(room)
+        return tombstone is not None and not tombstone.cancelled and room not in self._early_rooms
+
+    def cancelled(self, room: int) -> Failure | None:
+        """Take a room's tombstone away because it is opened; its failure if it had been cancelled before."""
+        tombstone = self.tombstones.pop(room, None)
+        return tombstone.failure if tombstone is not None and tombstone.cancelled else None
+
+    def _entomb(self, tombstone: Tombstone) -> None:
+        self.tombstones.pop(tombstone.room, None)
+        self.tombstones[tombstone.room] = tombstone
         if len(self.tombstones) > self._limits.tombstones_max:
             self.tombstones.popitem(last=False)
 
-    def park(self, peer: bytes, offer: Offer, now_ms: float) -> bool:
-        """Keep an offer for a room that is not open yet. False when the cap is reached. Repeating it renews its age."""
+    def park(self, peer: bytes, offer: Offer, now_ms: float) -> str:
+        """Keep an offer for a room that is not open yet. Returns which limit forbids it, or "". Repeating it renews its age."""
         key = (offer.room, peer, offer.generation)
         if key in self._early:
             del self._early[key]
         elif len(self._early) >= self._limits.early_offers_max:
-            return False
+            return "early_offers_max"
+        elif self._early_of[peer] >= self._limits.early_offers_per_peer_max:
+            return "early_offers_per_peer_max"
+        else:
+            self._early_of[peer] += 1
         self._early[key] = (offer, now_ms + self._deadlines.early_offer_ms)
         self._early_rooms.setdefault(offer.room, {})[key] = None
-        return True
+        return ""
+
+    def parked(self, peer: bytes, offer: Offer) -> bool:
+        return (offer.room, peer, offer.generation) in self._early
 
     def unpark(self, room: int) -> list[tuple[bytes, Offer]]:
         """Take all early offers for `room`, oldest first."""
-        return [(key[1], self._early.pop(key)[0]) for key in self._early_rooms.pop(room, {})]
+        return [(key[1], self._take_early(key)) for key in self._early_rooms.pop(room, {})]
 
-    def drop_early(self, peer: bytes, room: int | None = None, generation: int = 0) -> None:
-        """Forget the early offers of `peer`: one of them, or all when `room` is None."""
+    def _take_early(self, key: tuple[int, bytes, int]) -> Offer:
+        peer = key[1]
+        self._early_of[peer] -= 1
+        if not self._early_of[peer]:
+            del self._early_of[peer]
+        return self._early.pop(key)[0]
+
+    def early_rooms(self) -> list[int]:
+        return list(self._early_rooms)
+
+    def drop_early(self, peer: bytes, room: int | None = None, generation: int = 0) -> list[int]:
+        """Forget the early offers of `peer`: one of them, or all when `room` is None. Returns their generations."""
         keys = [k for k in self._early if k[1] == peer] if room is None else [(room, peer, generation)]
+        dropped = []
         for key in keys:
-            if self._early.pop(key, None) is not None:
+            if key in self._early:
+                self._take_early(key)
+                dropped.append(key[2])
                 rest = self._early_rooms[key[0]]
                 del rest[key]
                 if not rest:
                     del self._early_rooms[key[0]]
+        return dropped
 
     def expire(self, now_ms: float) -> None:
         """Drop what is too old. Both tables are in order of age, so this costs only what it drops."""

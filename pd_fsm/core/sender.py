@@ -28,18 +28,24 @@ _ALL_CONFIRMED = ROOM.fact["all_confirmed"]
 def on_open(session: SessionCore, event: ev.OpenSend) -> None:
     if not session.sends:
         raise LocalProtocolError(f"a {session.identity.role} session cannot send room {event.room}; open it with receive()")
-    if event.readers < 1:
-        raise LocalProtocolError(f"room {event.room}: readers must be at least 1, not {event.readers}")
+    if event.readers < 0:
+        raise LocalProtocolError(f"room {event.room}: readers must be 0 (a rank with nothing to send) or more, not {event.readers}")
     session.check_open(event.room)
     registry = session.registry
-    registry.tombstones.pop(event.room, None)
+    cancelled = registry.cancelled(event.room)
     room = Room(event.room, registry.mint(), sends=True, opened_ms=session.now_ms, readers=event.readers)
     session.open(room, session.deadlines.bootstrap_ms)
+    if cancelled is not None:
+        session.fail(room, cancelled)
+        return
     session.emit(ev.Announce(room.room))
+    if room.readers == 0:
+        session.room_move(room, "peer_ready", _ALL_KNOWN)
+        return
     for incarnation, offer in registry.unpark(room.room):
         peer = session.peers.get(incarnation)
         if peer is not None and peer.up:
-            on_offer(session, peer, offer)
+            on_offer(session, peer, offer, waited=True)
 
 
 def on_chunk(session: SessionCore, event: ev.ChunkReady) -> None:
@@ -90,14 +96,15 @@ def _page_count(chunk: ev.ChunkReady, page_size: int) -> int:
 # --- offers ------------------------------------------------------------------------------------------------------------------
 
 
-def on_offer(session: SessionCore, peer: Peer, offer: wire.Offer) -> None:
-    """A decode rank grants pages. Repeated offers are answered again; one that comes too early waits for the room."""
+def on_offer(session: SessionCore, peer: Peer, offer: wire.Offer, *, waited: bool = False) -> None:
+    """A decode rank grants pages. Repeated offers are answered again; one that comes too early waits for the room (`waited`)."""
     link = session.links.get((peer.incarnation, offer.generation))
     if link is not None:
         if link.room.room == offer.room and link.room.live:
-            session.emit(ev.Send(peer.incarnation, wire.Accepted(offer.room, offer.generation)))
+            _offer_again(session, peer, offer, link)
         return  # a concluded room's verdict is being repeated already
-    if offer.generation in peer.spent or offer.generation <= peer.spent_floor:
+    waited = waited or session.registry.parked(peer.incarnation, offer)  # then it has not concluded, however old it is
+    if offer.generation in peer.spent or (offer.generation <= peer.spent_floor and not waited):
         stale = ev.Failure("protocol", f"generation {offer.generation} of room {offer.room} has already concluded here")
         _refuse(session, peer, offer, peer.spent.get(offer.generation) or stale)
         return
@@ -109,16 +116,33 @@ def on_offer(session: SessionCore, peer: Peer, offer: wire.Offer) -> None:
     if tombstone is not None and tombstone.failure is not None and tombstone.unmet > 0:
         tombstone.unmet -= 1
         _refuse(session, peer, offer, tombstone.failure)
-    elif session.closing:
-        _refuse(session, peer, offer, ev.Failure("shutdown", session.closing))
-    elif not session.registry.park(peer.incarnation, offer, session.now_ms):
-        full = f"{session.limits.early_offers_max} offers wait for rooms that are not open (Limits.early_offers_max)"
+    elif session.closing or session.draining:
+        _refuse(session, peer, offer, ev.Failure("shutdown", session.closing or session.draining))
+    elif limit := session.registry.park(peer.incarnation, offer, session.now_ms):
+        full = f"{getattr(session.limits, limit)} offers wait for rooms that are not open (Limits.{limit})"
         _refuse(session, peer, offer, ev.Failure("overload", full))
+
+
+def _offer_again(session: SessionCore, peer: Peer, offer: wire.Offer, link: Link) -> None:
+    """A repeated offer, or the pages that decode had not reserved when it offered first."""
+    assert link.offer is not None, "a sender's link exists by its offer"
+    if offer.pages and not link.offer.pages:
+        session.answered("computed", peer.incarnation, offer.generation)
+        link.offer = offer
+        if _accept(session, peer, link):
+            session.progressed(link.room)
+            pump(session, link.room)
+    else:
+        session.emit(ev.Send(peer.incarnation, wire.Accepted(offer.room, offer.generation)))
 
 
 def _offer_for_open_room(session: SessionCore, peer: Peer, offer: wire.Offer, room: Room) -> None:
     if room.failure is not None:
+        room.refused += 1
         _refuse(session, peer, offer, room.failure)
+    elif not room.live:
+        ended = f"room {room.room} has already ended here ({room.state.name}) and is not cleared yet"
+        _refuse(session, peer, offer, ev.Failure("protocol", ended))
     elif peer.incarnation in room.links or len(room.links) >= room.readers:
         taken = f"room {room.room} is open with other readers ({room.readers} of {room.readers})"
         _refuse(session, peer, offer, ev.Failure("protocol", taken))
@@ -131,20 +155,29 @@ def _bind(session: SessionCore, peer: Peer, offer: wire.Offer, room: Room) -> No
     room.links[peer.incarnation] = link
     session.links[peer.incarnation, offer.generation] = link
     peer.links.add(link)
+    if _accept(session, peer, link):
+        session.room_move(room, "peer_ready", _ALL_KNOWN if len(room.links) == room.readers else 0)
+        pump(session, room)
+
+
+def _accept(session: SessionCore, peer: Peer, link: Link) -> bool:
+    """Check a link's offer and say that it is held. A grant that cannot be fails the room."""
+    assert link.offer is not None, "a sender's link exists by its offer"
     try:
-        _check_offer(peer, offer)
+        _check_offer(peer, link.offer)
     except WireError as error:
-        session.fail(room, ev.Failure("protocol", f"offer of {peer.name}: {error}", peer.name))
-        return
-    session.emit(ev.Send(peer.incarnation, wire.Accepted(offer.room, offer.generation)))
-    session.room_move(room, "peer_ready", _ALL_KNOWN if len(room.links) == room.readers else 0)
-    pump(session, room)
+        session.fail(link.room, ev.Failure("protocol", f"offer of {peer.name}: {error}", peer.name))
+        return False
+    session.emit(ev.Send(peer.incarnation, wire.Accepted(link.room.room, link.generation)))
+    return True
 
 
 def _check_offer(peer: Peer, offer: wire.Offer) -> None:
     """Check a grant against what the peer registered. Raises WireError that names the value."""
     assert peer.greeting is not None, "only a peer that is up offers"
     theirs = spaces(peer.greeting.components)
+    if not offer.pages:
+        return  # decode reserves its pages when prefill is done
     if set(offer.pages) != set(theirs):
         raise WireError(f"grants pages of {sorted(offer.pages)}, its layout has {sorted(theirs)}")
     for space, (page_size, items) in theirs.items():
@@ -160,8 +193,18 @@ def _check_offer(peer: Peer, offer: wire.Offer) -> None:
         raise WireError(f"aux row {offer.aux_row} is not one of its {rows}")
 
 
+def refuse_early(session: SessionCore, failure: ev.Failure, room: int | None = None) -> None:
+    """Answer the offers that wait for rooms which will not be opened: those of one, or all."""
+    for number in [room] if room is not None else session.registry.early_rooms():
+        for incarnation, offer in session.registry.unpark(number):
+            peer = session.peers.get(incarnation)
+            if peer is not None and peer.up:
+                _refuse(session, peer, offer, failure)
+
+
 def _refuse(session: SessionCore, peer: Peer, offer: wire.Offer, failure: ev.Failure) -> None:
     """Answer an offer that can never be served. It is answered the same way whenever it is repeated."""
+    session.registry.drop_early(peer.incarnation, offer.room, offer.generation)
     peer.spend(offer.generation, failure, session.limits.spent_generations_max)
     session.emit(ev.Send(peer.incarnation, _failed_verdict(offer.room, offer.generation, failure, 0)))
 
@@ -173,6 +216,13 @@ def pump(session: SessionCore, room: Room) -> None:
     """Submit every chunk that was handed in, once all readers are known."""
     if room.chunks_submitted == len(room.chunks) or room.state not in (Phase.WAITING_FOR_INPUT, Phase.TRANSFERRING):
         return
+    ungranted = [link for link in room.links.values() if link.offer is not None and not link.offer.pages]
+    if ungranted:
+        if room.closed:  # decode may reserve now
+            for link in ungranted:
+                computed = wire.Computed(room.room, link.generation, room.chunks[-1].end)
+                session.repeat("computed", link.peer, link.generation, computed)
+        return
     if room.state is Phase.WAITING_FOR_INPUT:
         session.room_move(room, "start")
     while room.chunks_submitted < len(room.chunks):
@@ -181,6 +231,17 @@ def pump(session: SessionCore, room: Room) -> None:
             if not _submit(session, link, index):
                 return
         room.chunks_submitted += 1
+    if room.all_confirmed():  # nothing had to move: no reader, or all of them have these tokens already
+        session.room_move(room, "part_settled", _ALL_CONFIRMED)
+
+
+def waits_for_grant(session: SessionCore, room: Room) -> bool:
+    """Whether all that `room` lacks are pages of readers that are alive. A deadline would measure their queue, not their silence:
+    their own one ends the room if they never reserve, and they are lost if they fall silent."""
+    ungranted = [link for link in room.links.values() if link.offer is not None and not link.offer.pages]
+    if room.state is not Phase.WAITING_FOR_INPUT or not room.closed or not ungranted:
+        return False
+    return all((peer := session.peers.get(link.peer)) is not None and peer.up for link in ungranted)
 
 
 def _submit(session: SessionCore, link: Link, index: int) -> bool:
@@ -190,12 +251,18 @@ def _submit(session: SessionCore, link: Link, index: int) -> bool:
     try:
         if chunk.last and chunk.aux_row < 0 <= offer.aux_row:
             raise WireError(f"waits for aux row {offer.aux_row}, but the last chunk came without one")
+        end = room.chunks[-1].end
+        if offer.tokens >= 0 and (end > offer.tokens or (room.closed and end < offer.tokens)):
+            raise WireError(f"is for a prompt of {offer.tokens} tokens, but the engine handed in {end}")
         copies = tuple(_copies(session, chunk, offer, space) for space in session.spaces)
     except WireError as error:
         name = session.peer_name(link.peer)
         session.fail(room, ev.Failure("protocol", f"grant of {name}: {error}", name))
         return False
     aux = (chunk.aux_row, offer.aux_row) if chunk.aux_row >= 0 and offer.aux_row >= 0 else None
+    if aux is None and not any(source for _, source, _ in copies):
+        _confirm(session, link, index, 0, notified=False)
+        return True
     op = Op(session.next_op(), link, index)
     session.ops[op.id] = op
     link.ops.add(op.id)
@@ -230,23 +297,43 @@ def on_write_done(session: SessionCore, event: ev.WriteDone) -> None:
         return
     link, room = op.link, op.link.room
     _end_op(session, op)
+    peer = session.peers.get(link.peer)
+    if peer is not None:
+        peer.note_placed(op.id, session.now_ms)
     if not room.live:
         session.settle(room, op.id)
         quiesce(session, link)
         return
-    room.bytes_moved += event.nbytes
-    link.bytes_moved += event.nbytes
-    link.chunks_confirmed.add(op.chunk)
-    if not event.notified:
-        link.told = False
-        chunk = room.chunks[op.chunk]
-        total = op.chunk + 1 if chunk.last else 0
-        aux = chunk.aux_row >= 0 and link.offer is not None and link.offer.aux_row >= 0
-        part = wire.Part(room.room, link.generation, op.chunk, total, aux, event.nbytes)
-        session.emit(ev.Send(link.peer, part))
+    _confirm(session, link, op.chunk, event.nbytes, notified=event.notified)
     session.settle(room, op.id)
     session.progressed(room)
     session.room_move(room, "part_settled", _ALL_CONFIRMED if room.all_confirmed() else 0)
+
+
+def _confirm(session: SessionCore, link: Link, index: int, nbytes: int, *, notified: bool) -> None:
+    """A chunk is in its place. Decode is told, unless the data plane did it."""
+    room = link.room
+    room.bytes_moved += nbytes
+    link.bytes_moved += nbytes
+    link.chunks_confirmed.add(index)
+    if not notified:
+        link.told = False
+        chunk = room.chunks[index]
+        total = index + 1 if chunk.last else 0
+        aux = chunk.aux_row >= 0 and link.offer is not None and link.offer.aux_row >= 0
+        session.emit(ev.Send(link.peer, wire.Part(room.room, link.generation, index, total, aux, nbytes)))
+
+
+def turn_ms(session: SessionCore, room: Room) -> float:
+    """When a write that was submitted before those of `room` last ended well. A transfer that waited for its turn until then did
+    not stall; one that others overtake did. The writes in front are fixed in number, so the wait has a bound."""
+    turn = 0.0
+    for link in room.links.values():
+        peer = session.peers.get(link.peer)
+        if link.ops and peer is not None:
+            oldest = min(link.ops)
+            turn = max(turn, next((at for op, at in reversed(peer.placed) if op < oldest), 0.0))
+    return turn
 
 
 def on_write_failed(session: SessionCore, event: ev.WriteFailed) -> None:
@@ -296,9 +383,6 @@ def succeeded(session: SessionCore, room: Room) -> None:
     for link in list(room.links.values()):
         if link.told:
             link.verdict_acked = True
-        else:
-            verdict = wire.Verdict(room.room, link.generation, True, "", "", link.bytes_moved)
-            session.repeat("verdict", link.peer, link.generation, verdict)
         quiesce(session, link)
 
 
@@ -306,17 +390,27 @@ def failed(session: SessionCore, room: Room) -> None:
     """Tell every reader at once, with the reason, and cancel what is outstanding."""
     assert room.failure is not None
     for link in list(room.links.values()):
+        session.answered("computed", link.peer, link.generation)
         for op in sorted(link.ops):
             session.emit(ev.Cancel(op))
         peer = session.peers.get(link.peer)
         if not link.drain_asked and peer is not None and peer.up:
-            verdict = _failed_verdict(room.room, link.generation, room.failure, link.bytes_moved)
-            session.repeat("verdict", link.peer, link.generation, verdict)
+            _tell(session, link)
         quiesce(session, link)
 
 
+def _tell(session: SessionCore, link: Link) -> None:
+    """Repeat the verdict to one reader until it knows it."""
+    room = link.room
+    if room.failure is None:
+        verdict = wire.Verdict(room.room, link.generation, True, "", "", link.bytes_moved)
+    else:
+        verdict = _failed_verdict(room.room, link.generation, room.failure, link.bytes_moved)
+    session.repeat("verdict", link.peer, link.generation, verdict)
+
+
 def _failed_verdict(room: int, generation: int, failure: ev.Failure, nbytes: int) -> wire.Verdict:
-    return wire.Verdict(room, generation, False, failure.cause, failure.reason[: wire.REASON_CHARS_MAX], nbytes)
+    return wire.Verdict(room, generation, False, failure.cause, wire.clip(failure.reason), nbytes)
 
 
 def on_verdict_ack(session: SessionCore, peer: Peer, message: wire.VerdictAck) -> None:
@@ -337,13 +431,23 @@ def on_abort(session: SessionCore, source: bytes, message: wire.Abort) -> None:
             if message.generation not in peer.spent:
                 failure = ev.Failure("peer_abort", message.reason, peer.name)
                 peer.spend(message.generation, failure, session.limits.spent_generations_max)
+        else:
+            session.remember_spent(source, [message.generation])
         session.emit(ev.Send(source, wire.Drained(message.room, message.generation)))
         return
     link.drain_asked = True
     session.answered("verdict", source, message.generation)
-    name = session.peer_name(source)
-    session.fail(link.room, ev.Failure("peer_abort", f"{name} aborted: {message.reason}", name))
+    if link.room.live:
+        name = session.peer_name(source)
+        session.fail(link.room, peer_failure(message.cause, message.reason, name))
     quiesce(session, link)
+
+
+def peer_failure(cause: str, reason: str, name: str) -> ev.Failure:
+    """The failure of a room that the other side ended: an abort of its engine stays one, anything else is its failure."""
+    if cause == "abort":
+        return ev.Failure("peer_abort", f"{name} aborted: {reason}", name)
+    return ev.Failure("peer_failed", f"{name} failed ({cause}): {reason}", name)
 
 
 def on_drained_ack(session: SessionCore, peer: Peer, message: wire.DrainedAck) -> None:
@@ -365,6 +469,7 @@ def quiesce(session: SessionCore, link: Link) -> None:
         session.repeat("drained", link.peer, link.generation, drained)
         return
     if up and not link.verdict_acked and not link.drain_acked:
+        _tell(session, link)
         return
     if session.links.pop((link.peer, link.generation), None) is None:
         return

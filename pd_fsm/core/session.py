@@ -10,7 +10,7 @@ The rules of each side live beside this file: `sender.py` (prefill), `receiver.p
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import attrs
@@ -47,7 +47,8 @@ class Step:
 
 @attrs.define(eq=False)
 class Identity:
-    """Who this session is. `data` is the transport's descriptor and `components` the layout's, both sent in the handshake."""
+    """Who this session is. `data` is the transport's descriptor and `components` the layout's, both sent in the handshake.
+    `residual_ms`: how long bytes of a dead process may still be in the data plane's network."""
 
     incarnation: bytes
     name: str
@@ -56,6 +57,7 @@ class Identity:
     topology: Topology
     components: tuple[wire.ComponentInfo, ...]
     data: bytes = b""
+    residual_ms: float = 0.0
 
     def ranks(self) -> tuple[int, ...]:
         return attrs.astuple(self.topology)
@@ -71,6 +73,8 @@ _ROOM_EVENT = ROOM.event
 _FAIL = ROOM.event["fail"]
 _CONCLUDE, _SETTLED, _UNKNOWN, _EXPOSE = (LEASE.event[e] for e in ("conclude", "settled", "unknown", "expose"))
 _NO_HOLDER = LEASE.fact["no_holder"]
+FORGOTTEN_SPENT_MAX = 1 << 18
+"""Spent generations kept one by one of all peers without a record together; beyond it the oldest peers keep only a floor."""
 
 
 class SessionCore:
@@ -89,18 +93,22 @@ class SessionCore:
         self.ops: dict[int, Op] = {}
         self.leases: dict[int, Room] = {}  # by local generation: exposed memory that is not proven free yet
         self.directory: dict[tuple[str, int | None], tuple[ev.PeerRecord, ...]] = {}  # (address, dp_rank) -> ranks
-        self.dead: dict[bytes, None] = {}  # incarnations proven dead, oldest first
+        self.absent: dict[bytes, str] = {}  # incarnations that are not at this endpoint (any more), oldest first
+        self.forgotten: dict[bytes, tuple[set[int], int]] = {}  # peers without a record: what they spent, and a floor; oldest first
         self.spaces = spaces(identity.components)
         self.space_bytes = {space: space_bytes(identity.components, space) for space in self.spaces}
         self.aux_rows = aux_rows(identity.components)
         self.aux_bytes = aux_bytes(identity.components)
         self.counts: Counter[str] = Counter()
+        self.quarantined: dict[int, Room] = {}  # by local generation: memory in doubt
         self.closing = ""
+        self.draining = ""
         self.registration = ""
         self.trace: Callable[[Step], None] | None = None
         self._effects: list[ev.Effect] = []
         self._released: list[ev.ReleasePages] = []
         self._last_op = 0
+        self._forgotten_count = 0
         self._last_epoch = 0
 
     # --- the interface of the driver -------------------------------------------------------------------------------------
@@ -124,8 +132,10 @@ class SessionCore:
 
     def deadline(self) -> float | None:
         """When expire() has something to do, in the milliseconds of `now_ms`, or None."""
-        times = [t for t in (self.timers.next_ms(), self.registry.next_expiry()) if t is not None]
-        return min(times, default=None)
+        timer, expiry = self.timers.next_ms(), self.registry.next_expiry()
+        if timer is None or expiry is None:
+            return expiry if timer is None else timer
+        return min(timer, expiry)
 
     # --- the only place where a state changes ----------------------------------------------------------------------------
 
@@ -138,7 +148,7 @@ class SessionCore:
             assert why is not None, f"{table.name}: {table.events[event]} in {before!r} is neither a row nor late"
             self.counts[f"late.{table.name}.{table.events[event]}"] += 1
             return None
-        subject.state = table.states(row.target)  # type: ignore[assignment]  # each table is used with its own kind of subject
+        subject.state = row.target  # type: ignore[assignment]  # a member of table.states; each table has its own kind of subject
         if self.trace is not None:
             owner = subject if isinstance(subject, Room) else room
             peer = subject if isinstance(subject, Peer) else None
@@ -159,6 +169,13 @@ class SessionCore:
         """Refuse an open that cannot be. Raises LocalProtocolError."""
         if self.closing:
             raise LocalProtocolError(f"cannot open room {room}: the session is closing ({self.closing})")
+        if self.draining:
+            raise LocalProtocolError(f"cannot open room {room}: the session is being drained ({self.draining})")
+        if len(self.quarantined) >= self.limits.quarantined_rooms_max:
+            raise LocalProtocolError(
+                f"cannot open room {room}: the memory of {len(self.quarantined)} rooms is in doubt "
+                "(Limits.quarantined_rooms_max); describe()['leases'] says who holds it"
+            )
         if not 0 <= room < 1 << 63:
             raise LocalProtocolError(f"room must be in 0..2**63-1, not {room}")
         active = self.registry.by_room.get(room)
@@ -206,9 +223,10 @@ class SessionCore:
         """`room` entered a phase by a row: publish it and start the clock of that phase."""
         self.publish(room)
         if room.state is Phase.WAITING_FOR_INPUT:
-            self._rearm(room, self.deadlines.waiting_ms)
+            if room.sends:  # decode's clock goes on until prefill has opened the room, too
+                self.rearm(room, self.deadlines.waiting_ms)
         elif room.state is Phase.TRANSFERRING:
-            self._rearm(room, self.deadlines.transfer_ms)
+            self.rearm(room, self.deadlines.transfer_ms)
         elif room.state is Phase.SUCCESS:
             self.counts["succeeded"] += 1
             if room.sends:
@@ -217,7 +235,8 @@ class SessionCore:
                 receiver.succeeded(self, room)
             self.conclude_lease(room)
 
-    def _rearm(self, room: Room, phase_ms: int) -> None:
+    def rearm(self, room: Room, phase_ms: int) -> None:
+        """Start the clock of a phase."""
         earlier = self.now_ms + phase_ms < room.deadline_ms
         room.deadline_ms = self.now_ms + phase_ms
         if earlier:  # otherwise the entry that is already armed fires first and finds the later deadline
@@ -243,17 +262,26 @@ class SessionCore:
 
     def conclude_lease(self, room: Room) -> None:
         self.move(LEASE, room.lease, _CONCLUDE, 0 if room.lease.holders else _NO_HOLDER, room)
+        if room.lease.state is LeaseState.REVOKING:
+            self.timers.arm(self.now_ms + self.deadlines.drain_ms, ("drain", b"", room.generation))
         self._release_if_quiet(room)
 
     def doubt(self, room: Room) -> None:
         """A holder's end is unknown: the memory is quarantined until it is proven. The room was failed before."""
         assert not room.live, f"room {room.room} must be failed before its memory is in doubt"
-        self.move(LEASE, room.lease, _UNKNOWN, room=room)
+        if self.move(LEASE, room.lease, _UNKNOWN, room=room) is None:
+            return
+        self.quarantined[room.generation] = room
+        full = len(self.quarantined) >= self.limits.quarantined_rooms_max
+        if full and self.limits.on_quarantine_full == "fail_stop":
+            count = self.limits.quarantined_rooms_max
+            shut_down(self, f"the memory of {count} rooms is in doubt (Limits.quarantined_rooms_max), and the policy is fail_stop")
 
     def _release_if_quiet(self, room: Room) -> None:
         if room.lease.state is LeaseState.QUIESCED:
             assert not room.lease.holders, "released memory has a holder"
             self.leases.pop(room.generation, None)
+            self.quarantined.pop(room.generation, None)
             self._released.append(ev.ReleasePages(room.room, room.generation))
 
     # --- messages that are repeated until they are answered --------------------------------------------------------------
@@ -269,8 +297,9 @@ class SessionCore:
         if message is not None:
             self.emit(ev.Send(peer, message))
 
-    def answered(self, kind: str, peer: bytes, generation: int) -> None:
-        self.timers.repeats.pop((kind, peer, generation), None)
+    def answered(self, kind: str, peer: bytes, generation: int) -> bool:
+        """End a repetition. False when there was none."""
+        return self.timers.repeats.pop((kind, peer, generation), None) is not None
 
     def _fire(self, key: Key) -> None:
         kind, peer, number = key
@@ -278,6 +307,10 @@ class SessionCore:
             self._room_deadline(number)
         elif kind == "peer":
             peers.on_tick(self, peer, number)
+        elif kind == "residual":
+            receiver.on_residual(self, peer, number)
+        elif kind == "drain":
+            self._drain_deadline(number)
         else:
             self._repeat_due(key)
 
@@ -288,7 +321,22 @@ class SessionCore:
         if room.deadline_ms > self.now_ms:  # it was renewed since this entry was armed
             self.timers.arm(room.deadline_ms, ("room", b"", generation))
             return
-        self.fail(room, ev.Failure("timeout", self.why_waiting(room)))
+        if room.sends and sender.waits_for_grant(self, room):
+            room.deadline_ms = self.now_ms + self.deadlines.waiting_ms
+            self.timers.arm(room.deadline_ms, ("room", b"", generation))
+            return
+        turn_ms = sender.turn_ms(self, room) + self.deadlines.transfer_ms if room.state is Phase.TRANSFERRING else 0.0
+        if turn_ms > self.now_ms:  # its writes were queued behind others that moved
+            room.deadline_ms = turn_ms
+            self.timers.arm(turn_ms, ("room", b"", generation))
+            return
+        self.fail(room, ev.Failure("timeout", self._overdue(room)))
+
+    def _drain_deadline(self, generation: int) -> None:
+        """A holder takes too long to prove that it is done, though it may be alive: a doubt, bounded and seen, but no release."""
+        room = self.leases.get(generation)
+        if room is not None and room.lease.state is LeaseState.REVOKING:
+            self.doubt(room)
 
     def _repeat_due(self, key: Key) -> None:
         entry = self.timers.repeats.get(key)
@@ -321,7 +369,33 @@ class SessionCore:
         given_up = peer.state in (PeerState.LOST, PeerState.REFUSED)
         if given_up and not peer.links and self.peers.get(peer.incarnation) is peer:
             del self.peers[peer.incarnation]
+            self.remember_spent(peer.incarnation, peer.spent, peer.spent_floor)
             self.emit(ev.Disconnect(peer.incarnation))
+
+    def remember_spent(self, incarnation: bytes, generations: Iterable[int], floor: int = 0) -> None:
+        """A peer without a record has spent these: an offer that was delayed must not bind later.
+
+        One by one, because a room that still looks for its peer may have a lower generation than those that have concluded.
+        """
+        spent, known_floor = self.forgotten.pop(incarnation, (set(), 0))
+        self._forgotten_count -= len(spent)
+        spent.update(generations)
+        if spent or floor or known_floor:
+            self.forgotten[incarnation] = spent, max(floor, known_floor)
+            self._forgotten_count += len(spent)
+        if len(self.forgotten) > self.limits.peers_max:
+            self._forgotten_count -= len(self.forgotten.pop(next(iter(self.forgotten)))[0])
+        for oldest, (exact, low) in self.forgotten.items():
+            if self._forgotten_count <= FORGOTTEN_SPENT_MAX:
+                break
+            self._forgotten_count -= len(exact)
+            self.forgotten[oldest] = set(), max(low, *exact, 0)
+
+    def recall_spent(self, peer: Peer) -> None:
+        """A process that had been forgotten is met anew."""
+        spent, peer.spent_floor = self.forgotten.pop(peer.incarnation, (set(), 0))
+        self._forgotten_count -= len(spent)
+        peer.spent = dict.fromkeys(sorted(spent))
 
     def _take_effects(self) -> list[ev.Effect]:
         effects = self._effects
@@ -338,19 +412,34 @@ class SessionCore:
         return peer.name if peer is not None and peer.name else incarnation.hex()[:8]
 
     def why_waiting(self, room: Room) -> str:
-        """What `room` waits for, and who owes it."""
+        """What a live `room` waits for, and who owes it."""
+        return f"{room.state.name}: {self._awaits(room)}"
+
+    def _overdue(self, room: Room) -> str:
+        """Why the deadline of a live `room` ran out."""
+        if room.state is Phase.TRANSFERRING:
+            return f"TRANSFERRING without progress for {self.deadlines.transfer_ms} ms: {self._awaits(room)}"
+        alone = room.state is Phase.BOOTSTRAPPING or receiver.unopened(room)
+        limit_ms = self.deadlines.bootstrap_ms if alone else self.deadlines.waiting_ms
+        return f"still {room.state.name} after {limit_ms} ms: {self._awaits(room)}"
+
+    def _awaits(self, room: Room) -> str:
         if room.state is Phase.BOOTSTRAPPING:
-            wait_ms = self.deadlines.bootstrap_ms
-            return f"still BOOTSTRAPPING after {wait_ms} ms: " + (
-                sender.awaits(room) if room.sends else receiver.awaits(self, room)
-            )
-        names = ", ".join(self.peer_name(peer) for peer in room.links)
-        if room.state is Phase.WAITING_FOR_INPUT:
-            owed = "no chunk was handed in" if room.sends else f"no part came from {names}"
-            return f"still WAITING_FOR_INPUT after {self.deadlines.waiting_ms} ms: {owed}"
-        owed = f"writing to {names}" if room.sends and len(room.chunks) == room.chunks_submitted and room.closed else ""
-        owed = owed or ("the engine handed in no further chunk" if room.sends else f"waiting for parts from {names}")
-        return f"TRANSFERRING without progress for {self.deadlines.transfer_ms} ms: {owed}"
+            return sender.awaits(room) if room.sends else receiver.awaits(self, room)
+        writing = any(link.ops for link in room.links.values())
+        owing = [link.peer for link in room.links.values() if (link.ops if writing else not link.complete)]
+        names = ", ".join(map(self.peer_name, owing))
+        if room.sends and writing:
+            return f"writing to {names}"
+        if room.state is Phase.TRANSFERRING:
+            return "the engine handed in no further chunk" if room.sends else f"waiting for parts from {names}"
+        if room.sends:
+            return "decode has granted no pages yet" if room.chunks else "no chunk was handed in"
+        unopened = receiver.unopened(room)
+        if unopened:
+            return f"{', '.join(map(self.peer_name, unopened))} has not opened the room"
+        granted = room.request is not None and room.request.pages is not None
+        return f"no part came from {names}" if granted else "the engine has granted no pages yet"
 
     def describe(self) -> dict[str, Any]:
         """Every room, what it waits for, who may touch whose memory, every peer, and counters. Plain values, for JSON."""
@@ -359,6 +448,8 @@ class SessionCore:
             "role": self.identity.role,
             "incarnation": self.identity.incarnation.hex(),
             "closing": self.closing,
+            "draining": self.draining,
+            "quarantined_rooms": len(self.quarantined),
             "registration": self.registration or "ok",
             "rooms": [self._describe_room(room) for room in self.registry.by_room.values()],
             "leases": [
@@ -405,7 +496,7 @@ def _on_abort_requested(session: SessionCore, event: ev.AbortRequested) -> None:
     if room is None:
         session.counts["late.abort"] += 1
         return
-    session.fail(room, ev.Failure("abort", event.reason[: wire.REASON_CHARS_MAX]))
+    session.fail(room, ev.Failure("abort", wire.clip(event.reason)))
 
 
 def _on_clear_requested(session: SessionCore, event: ev.ClearRequested) -> None:
@@ -415,25 +506,64 @@ def _on_clear_requested(session: SessionCore, event: ev.ClearRequested) -> None:
     if room.live:
         raise LocalProtocolError(f"room {room.room} is {room.state.name}; abort it, or wait until it concludes, before clear()")
     session.registry.remove(room)
-    if room.sends:
+    if room.cancelled is not None:
+        session.registry.cancel(room.room, room.cancelled, session.now_ms)
+    else:
         session.registry.bury(room, session.now_ms)
     if session.trace is not None:
         session.trace(Step("room", "clear", "clear", room.state.name, "", room, None))
 
 
 def _on_shutdown_requested(session: SessionCore, event: ev.ShutdownRequested) -> None:
+    shut_down(session, event.reason or "it was closed")
+
+
+def shut_down(session: SessionCore, reason: str) -> None:
     """No new rooms; running ones fail. What is owed about memory goes on until the driver says goodbye."""
     if session.closing:
         return
-    session.closing = event.reason
+    session.closing = reason
     for room in list(session.registry.by_room.values()):
-        session.fail(room, ev.Failure("shutdown", event.reason))
+        if room.live:
+            session.fail(room, ev.Failure("shutdown", reason))
+
+
+def _on_drain_requested(session: SessionCore, event: ev.DrainRequested) -> None:
+    """No new rooms, here or from peers; running ones finish. Offers that were waiting for a room are answered."""
+    if session.draining:
+        return
+    session.draining = event.reason or "it is being drained"
+    for peer in list(session.peers.values()):
+        if peer.up:
+            session.emit(ev.Send(peer.incarnation, wire.Draining(wire.clip(session.draining))))
+    if session.sends:
+        sender.refuse_early(session, ev.Failure("shutdown", f"{session.identity.name} takes no new rooms: {session.draining}"))
+
+
+def _on_cancel_requested(session: SessionCore, event: ev.CancelRequested) -> None:
+    """Give a room up by its number, before or after it is opened here."""
+    failure = ev.Failure("abort", wire.clip(event.reason))
+    room = session.registry.by_room.get(event.room)
+    if room is not None:
+        if room.live:
+            session.fail(room, failure)
+        elif room.failure is not None and room.failure.cause in ("abort", "peer_abort"):
+            room.cancelled = failure  # given up to be tried again, maybe: then the client that left is not served after all
+        return
+    if session.registry.over(event.room):  # it comes late, and must not fail the next life of that number
+        session.counts["late.cancel"] += 1
+        return
+    session.registry.cancel(event.room, failure, session.now_ms)
+    if session.sends:
+        sender.refuse_early(session, failure, event.room)
+    else:
+        receiver.reject(session, event.room, failure)
 
 
 def _on_goodbye_requested(session: SessionCore, event: ev.GoodbyeRequested) -> None:
     drained = not session.ops
     for peer in list(session.peers.values()):
-        session.emit(ev.Send(peer.incarnation, wire.Goodbye(event.reason[: wire.REASON_CHARS_MAX], drained)))
+        session.emit(ev.Send(peer.incarnation, wire.Goodbye(wire.clip(event.reason), drained)))
 
 
 def _on_registration_failed(session: SessionCore, event: ev.RegistrationFailed) -> None:
@@ -443,6 +573,9 @@ def _on_registration_failed(session: SessionCore, event: ev.RegistrationFailed) 
 _HANDLERS: dict[type, Callable[[SessionCore, Any], None]] = {
     ev.OpenSend: sender.on_open,
     ev.ChunkReady: sender.on_chunk,
+    ev.GrantPages: receiver.on_grant,
+    ev.CancelRequested: _on_cancel_requested,
+    ev.DrainRequested: _on_drain_requested,
     ev.WriteDone: sender.on_write_done,
     ev.WriteFailed: sender.on_write_failed,
     ev.WriteUnknown: sender.on_write_unknown,

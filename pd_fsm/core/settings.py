@@ -18,9 +18,10 @@ class Deadlines:
     """How long each phase and each obligation may take, in milliseconds. Every one is measured on the local monotonic clock."""
 
     bootstrap_ms: int = attrs.field(default=300_000, validator=_positive)
-    """From open() until every peer of the room is known."""
+    """From open() until every peer of the room is known and has opened it, too."""
     waiting_ms: int = attrs.field(default=300_000, validator=_positive)
-    """From the bootstrap until the first chunk is handed in (sender) or the first part arrives (receiver)."""
+    """From the bootstrap until the first chunk is handed in (sender) or the first part arrives (receiver). A sender that has the
+    whole prompt and waits for decode's pages waits longer, as long as decode is heard: decode's own deadline bounds that."""
     transfer_ms: int = attrs.field(default=60_000, validator=_positive)
     """Without any progress while transferring."""
     handshake_ms: int = attrs.field(default=10_000, validator=_positive)
@@ -33,6 +34,8 @@ class Deadlines:
     repeat_min_ms: int = attrs.field(default=50, validator=_positive)
     """First repetition of an unanswered message; doubles up to `repeat_max_ms`."""
     repeat_max_ms: int = attrs.field(default=2_000, validator=_positive)
+    drain_ms: int = attrs.field(default=60_000, validator=_positive)
+    """From a room's end until its memory is proven free. Then it is in doubt (Limits.quarantined_rooms_max), and is not freed."""
     early_offer_ms: int = attrs.field(default=30_000, validator=_positive)
     """How long an offer for a room that is not open yet is kept; its sender repeats it."""
     tombstone_ms: int = attrs.field(default=120_000, validator=_positive)
@@ -46,9 +49,15 @@ class Limits:
     rooms_max: int = attrs.field(default=65_536, validator=_positive)
     peers_max: int = attrs.field(default=4_096, validator=_positive)
     early_offers_max: int = attrs.field(default=16_384, validator=_positive)
+    early_offers_per_peer_max: int = attrs.field(default=8_192, validator=_positive)
+    """So that one peer cannot take the places of all."""
     tombstones_max: int = attrs.field(default=65_536, validator=_positive)
     spent_generations_max: int = attrs.field(default=8_192, validator=_positive)
     """Concluded transfers remembered for each peer, so that a repeated offer of one cannot open it again."""
+    quarantined_rooms_max: int = attrs.field(default=1_024, validator=_positive)
+    """Rooms whose memory is in doubt. Reaching it does what `on_quarantine_full` says; it never releases any."""
+    on_quarantine_full: str = attrs.field(default="stop_admitting", validator=attrs.validators.in_(("stop_admitting", "fail_stop")))
+    """"stop_admitting" refuses new rooms until doubts are settled, "fail_stop" fails all rooms and admits none any more."""
     chunks_max: int = attrs.field(default=65_536, validator=_positive)
     """Chunks of one room."""
     outbox_messages_max: int = attrs.field(default=16_384, validator=_positive)

@@ -41,7 +41,8 @@ REASON_CHARS_MAX = 4_096
 class ComponentInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What both sides must agree on about one component, and how many items (pages, rows) this side has.
 
-    `item_bytes` has one entry a region (a tensor): the bytes of one page or row in it.
+    `item_bytes` has one entry a region (a tensor): the bytes of one page or row in it. `dtype` names the numbers in it, empty if
+    they are not known; equally many bytes can mean something else.
     """
 
     name: Name
@@ -50,6 +51,7 @@ class ComponentInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     page_size: Count
     items: Count
     item_bytes: Annotated[tuple[ByteCount, ...], Meta(max_length=65_536)]
+    dtype: Name = ""
 
 
 class Greeting(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -85,7 +87,7 @@ class Stranger(msgspec.Struct, frozen=True, tag="stranger", array_like=True, for
 
 
 class Offer(msgspec.Struct, frozen=True, tag="offer", array_like=True, forbid_unknown_fields=True):
-    """Decode grants pages for a room. Repeated until Accepted, a Part or a Verdict."""
+    """Decode grants pages for a room; without any, it only says that it will (late reservation). Repeated until answered."""
 
     room: Room
     generation: Generation
@@ -94,6 +96,8 @@ class Offer(msgspec.Struct, frozen=True, tag="offer", array_like=True, forbid_un
     aux_row: Annotated[int, Meta(ge=-1, lt=1 << 31)]
     decode_prefix_len: Count
     """Tokens at the start of the sequence that decode already has."""
+    tokens: Annotated[int, Meta(ge=-1, lt=1 << 31)] = -1
+    """Length of the whole sequence, if decode knows it: a shorter or longer one fails the room."""
 
 
 class Accepted(msgspec.Struct, frozen=True, tag="accepted", array_like=True, forbid_unknown_fields=True):
@@ -101,6 +105,14 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted", array_like=True, for
 
     room: Room
     generation: Generation
+
+
+class Computed(msgspec.Struct, frozen=True, tag="computed", array_like=True, forbid_unknown_fields=True):
+    """Prefill holds the whole prompt of `tokens` and waits for decode's pages. Repeated until an Offer brings them."""
+
+    room: Room
+    generation: Generation
+    tokens: Count
 
 
 class Part(msgspec.Struct, frozen=True, tag="part", array_like=True, forbid_unknown_fields=True):
@@ -135,6 +147,7 @@ class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True, forbid_un
 
     room: Room
     generation: Generation
+    cause: Name
     reason: Reason
 
 
@@ -158,6 +171,12 @@ class Pong(msgspec.Struct, frozen=True, tag="pong", array_like=True, forbid_unkn
     pass
 
 
+class Draining(msgspec.Struct, frozen=True, tag="draining", array_like=True, forbid_unknown_fields=True):
+    """The session takes no new rooms; running ones finish."""
+
+    reason: Reason
+
+
 class Goodbye(msgspec.Struct, frozen=True, tag="goodbye", array_like=True, forbid_unknown_fields=True):
     """The session closes. `drained` says that it can touch nobody's memory any more."""
 
@@ -172,6 +191,7 @@ Message: TypeAlias = (
     | Stranger
     | Offer
     | Accepted
+    | Computed
     | Part
     | Verdict
     | VerdictAck
@@ -180,6 +200,7 @@ Message: TypeAlias = (
     | DrainedAck
     | Ping
     | Pong
+    | Draining
     | Goodbye
 )
 
@@ -212,6 +233,11 @@ def decode(frame: bytes) -> tuple[bytes, bytes, Message]:
         return source, destination, _decoder.decode(memoryview(frame)[HEADER_BYTES:])
     except (msgspec.DecodeError, ValueError, RecursionError) as error:  # ValidationError is a DecodeError
         raise WireError(f"body is no message: {error}") from None
+
+
+def clip(reason: str) -> str:
+    """`reason` as a frame can hold it: not too long, and without what UTF-8 cannot express."""
+    return reason[:REASON_CHARS_MAX].encode("utf-8", "replace").decode()
 
 
 def pack_pages(pages: Iterable[int]) -> bytes:
