@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -526,6 +527,19 @@ def test_broken_http_does_not_stop_the_server(server: BootstrapServer) -> None:
 
 
 # --- the token -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_request_is_no_error(
+    server: BootstrapServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A killed engine does that; it must not put a traceback into the operator's log."""
+    for reset in (True, False):
+        with socket.create_connection(("127.0.0.1", server.port), 5.0) as client:
+            client.sendall(b"PUT /v1/peers HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert request(server, "GET", "/health")[0] == 200  # by now it reads the body
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", int(reset), 0))
+        assert request(server, "GET", "/health")[0] == 200  # by now it knows
+    assert not caplog.records
 
 
 def test_a_token_guards_everything_but_health() -> None:

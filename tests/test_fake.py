@@ -60,10 +60,10 @@ EXPECTED = {
     ("decode", "abort", Phase.BOOTSTRAPPING): "peer_lost",
     ("decode", "silence", Phase.BOOTSTRAPPING): "timeout",
     ("decode", "fail", Phase.WAITING_FOR_INPUT): "peer_failed",
-    ("decode", "abort", Phase.WAITING_FOR_INPUT): "peer_failed",
+    ("decode", "abort", Phase.WAITING_FOR_INPUT): "peer_abort",
     ("decode", "silence", Phase.WAITING_FOR_INPUT): "timeout",
     ("decode", "fail", Phase.TRANSFERRING): "peer_failed",
-    ("decode", "abort", Phase.TRANSFERRING): "peer_failed",
+    ("decode", "abort", Phase.TRANSFERRING): "peer_abort",
     ("decode", "silence", Phase.TRANSFERRING): "timeout",
 }
 

@@ -49,6 +49,7 @@ class FakePeer:
     """Control plane, data plane and rendezvous of one session, and the peer that it believes to talk to."""
 
     notifies = True
+    residual_ms = 0.0
     descriptor = b""
     endpoint = "fake://"
 
@@ -87,7 +88,7 @@ class FakePeer:
         return not self._checking
 
     def _say(self, peer: bytes, message: wire.Message) -> None:
-        self._host.deliver(wire.encode(peer, self._host.incarnation, message))
+        self._host.deliver(wire.encode(peer, self._host.incarnation, message), peer)
 
     # --- rendezvous ------------------------------------------------------------------------------------------------------
 
@@ -174,7 +175,8 @@ class FakePeer:
         """The sending session holds our offer."""
         script = self._script(message.room)
         if script.ends_in(Phase.WAITING_FOR_INPUT) in ("fail", "abort"):
-            self._after(script.delay_ms, lambda: self._say(peer, wire.Abort(message.room, message.generation, script.reason)))
+            abort = wire.Abort(message.room, message.generation, "abort", script.reason)
+            self._after(script.delay_ms, lambda: self._say(peer, abort))
 
     def _on_abort(self, peer: bytes, message: wire.Abort) -> None:
         self._rooms.pop(message.generation, None)
@@ -214,7 +216,7 @@ class FakePeer:
         script = self._script(room)
         ending = script.ends_in(Phase.TRANSFERRING)
         if ending == "abort":
-            self._after(script.delay_ms, lambda: self._say(peer, wire.Abort(room, generation, script.reason)))
+            self._after(script.delay_ms, lambda: self._say(peer, wire.Abort(room, generation, "abort", script.reason)))
         outcome: ev.Event = ev.WriteDone(op, plan.total_bytes, notified=True)
         if ending:
             outcome = ev.WriteFailed(op, script.reason)

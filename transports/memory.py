@@ -47,6 +47,7 @@ class MemoryPlanes:
     """Control and data plane of one session."""
 
     notifies = True
+    residual_ms = 0.0
     descriptor = b""
 
     def __init__(self, host: Host, hub: Hub) -> None:
@@ -71,7 +72,7 @@ class MemoryPlanes:
         if other is None:
             self.host.emit(ev.PeerUnreachable(peer, "its session ended", dead=True))
         else:
-            other.host.deliver(frame)
+            other.host.deliver(frame, self.host.incarnation)
 
     def disconnect(self, peer: bytes) -> None:
         """Nothing is held for a peer."""
@@ -103,7 +104,7 @@ class MemoryPlanes:
         except WireError as error:
             self.host.emit(ev.WriteFailed(op, f"refused by the receiver: {error}"))
             return
-        other.host.deliver(notice)
+        other.host.deliver(notice, self.host.incarnation)
         self.host.emit(ev.WriteDone(op, plan.total_bytes, notified=True))
 
     def cancel(self, op: int) -> None:

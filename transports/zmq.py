@@ -8,6 +8,7 @@ is used by whoever drives the session, and by nobody else.
 from __future__ import annotations
 
 import logging
+import resource
 from pathlib import Path
 
 import zmq
@@ -17,12 +18,14 @@ from pd_fsm.core import wire
 from pd_fsm.errors import ConfigError
 from pd_fsm.runtime.reactor import HANDLER_MESSAGES_MAX, Source
 from pd_fsm.runtime.transport import Host, Transport
-from pd_fsm.transports.zmq_data import ZmqData
-from pd_fsm.transports.zmq_dial import Dialer, routing_id
+from pd_fsm.transports.zmq_data import SEGMENT_BYTES_MAX, ZmqData
+from pd_fsm.transports.zmq_dial import Dialer, Dropped, routing_id
 
 logger = logging.getLogger("pd_fsm.transports.zmq")
 
 HANDSHAKE_MS = 5_000
+SOCKETS_PER_PEER = 3  # the dialer, its monitor, and the other end of that
+FILES_PER_PEER = 4  # a descriptor for each of them, and the connection
 
 
 class ZmqControl:
@@ -37,6 +40,7 @@ class ZmqControl:
         self._router = router
         self._router_source: Source | None = None
         self._dialers: dict[bytes, Dialer] = {}
+        self._dropped = Dropped(host)
         if router is not None:
             self._router_source = host.reactor.add_socket(router, self._on_router)
 
@@ -92,9 +96,9 @@ class ZmqControl:
                 return False
             # A connection speaks for the session that it was opened by, and for no other.
             if len(frames) == 1 and frames[0][4:20] == sender[1:]:
-                self._host.deliver(frames[0])
+                self._host.deliver(frames[0], sender[1:])
             else:
-                logger.warning("%s: dropped a message that does not come from the session it names", self._host.name)
+                self._dropped("a message that does not come from the session it names")
         return True
 
     def _on_dialer(self, peer: bytes) -> bool:
@@ -106,7 +110,7 @@ class ZmqControl:
                 frames = dialer.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return False
-            self._host.deliver(frames[0] if len(frames) == 1 else b"")
+            self._host.deliver(frames[0] if len(frames) == 1 else b"", peer)
         return True
 
 
@@ -119,7 +123,7 @@ def _bind(
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that reconnects takes its place over from its broken connection
     router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-    router.setsockopt(zmq.MAXMSGSIZE, wire.FRAME_BYTES_MAX if what == "control" else -1)
+    router.setsockopt(zmq.MAXMSGSIZE, wire.FRAME_BYTES_MAX if what == "control" else SEGMENT_BYTES_MAX)
     router.setsockopt(zmq.SNDHWM, host.limits.outbox_messages_max)
     if scheme == "ipc":
         address = f"ipc://{directory}/{host.incarnation.hex()}.{what}"
@@ -137,19 +141,40 @@ def _bind(
     return router, router.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
+def _make_room(host: Host, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """Let the context have a socket for every peer that the session admits, and say now if the process cannot have that many."""
+    context.set(zmq.MAX_SOCKETS, min(SOCKETS_PER_PEER * host.limits.peers_max + 8, context.get(zmq.SOCKET_LIMIT)))
+    needed, allowed = FILES_PER_PEER * host.limits.peers_max, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= allowed < needed:  # no limit at all is -1
+        logger.warning(
+            "%s: %d peers (Limits.peers_max) need about %d open files, this process may have %d; raise ulimit -n",
+            host.name,
+            host.limits.peers_max,
+            needed,
+            allowed,
+        )
+
+
 def create(host: Host, scheme: str = "tcp", directory: str = "", control_port: int = 0, io_threads: int = 1) -> Transport:
     """The ZeroMQ transport.
 
     `scheme` is "tcp", on the session's host, or "ipc", with socket files in `directory`. `control_port` 0 takes a free one. Raises
-    ConfigError for an address that cannot be bound, an ipc directory that does not exist, or device memory.
+    ConfigError for an address that cannot be bound or advertised, an ipc directory that does not exist, or device memory.
     """
     if scheme not in ("tcp", "ipc"):
         raise ConfigError(f"scheme must be 'tcp' or 'ipc', not {scheme!r}")
-    if scheme == "ipc" and not Path(directory).is_dir():
+    if scheme == "ipc" and not (directory and Path(directory).is_dir()):
         raise ConfigError(f"scheme 'ipc' needs an existing directory for its sockets, not {directory!r}")
+    if scheme == "tcp" and host.address in ("", "*", "0.0.0.0", "::"):  # noqa: S104 - refused, because it is advertised, too
+        raise ConfigError(f"host {host.address!r} is no address that a peer could connect to; give one of this machine's own")
+    if control_port not in range(1 << 16):  # ZeroMQ would take it modulo 65536
+        raise ConfigError(f"control_port must be in 0..65535, not {control_port!r}")
+    if io_threads < 1:
+        raise ConfigError(f"io_threads must be at least 1, not {io_threads}")
     if not all(region.host for region in host.layout.regions):
         raise ConfigError("transport 'zmq' needs host memory; some buffers of the layout are on a device")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads)
+    _make_room(host, context)
     try:
         what = "control" if host.role == "prefill" else "data"
         router, endpoint = _bind(host, context, scheme, directory, what, control_port if what == "control" else 0)
@@ -164,5 +189,7 @@ def create(host: Host, scheme: str = "tcp", directory: str = "", control_port: i
         control.close(linger_ms)
         data.close()
         context.term()  # returns once what lingers has left or its time is over
+        if scheme == "ipc":  # ZeroMQ leaves the file of a socket that was bound by name
+            Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
     return Transport("zmq", control, data, close)

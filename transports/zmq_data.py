@@ -27,14 +27,17 @@ from pd_fsm.kv import Plan
 from pd_fsm.kv.landing import Landing
 from pd_fsm.runtime.reactor import HANDLER_MESSAGES_MAX, Source
 from pd_fsm.runtime.transport import Host
-from pd_fsm.transports.zmq_dial import Dialer
+from pd_fsm.transports.zmq_dial import Dialer, Dropped
 
 logger = logging.getLogger("pd_fsm.transports.zmq")
 
-SEGMENT_BYTES_MAX = 4 << 20
+SEGMENT_BYTES_MAX = 2 << 20
+"""Small enough that what just arrived is still in a cache when it is placed, large enough that a segment costs little Python."""
 SEGMENT_COPIES_MAX = 1_024
-ZERO_COPY_BYTES_MIN = 64 << 10
-"""Below this ZeroMQ's own copy is cheaper than handing memory over (pyzmq's COPY_THRESHOLD)."""
+SPARE_BUFFERS_MAX = 8
+"""Gathering buffers that an idle session keeps; a busy one has as many as are on their way."""
+ZERO_COPY_BYTES_MIN = 256 << 10
+"""Below this, gathering copies into one frame is cheaper than a frame for each, which costs some 30 us of Python at both ends."""
 
 Packed = Annotated[bytes, Meta(max_length=8 * SEGMENT_COPIES_MAX)]
 
@@ -71,8 +74,17 @@ _decode_ack = msgspec.msgpack.Decoder(Ack).decode
 
 
 @attrs.define(eq=False)
+class Sent:
+    """A segment on its way: its bytes, trackers of the engine's memory in it, and the buffers of ours that it was gathered into."""
+
+    nbytes: int
+    trackers: list[zmq.MessageTracker] = attrs.field(factory=list)
+    buffers: list[tuple[NDArray[np.uint8], zmq.MessageTracker]] = attrs.field(factory=list)
+
+
+@attrs.define(eq=False)
 class Write:
-    """One operation on its way. `unacked` maps a segment's sequence number to its bytes."""
+    """One operation on its way. `unacked` holds its segments by their sequence numbers."""
 
     op: int
     generation: int
@@ -82,8 +94,7 @@ class Write:
     sequence: int = 0
     sent_all: bool = False
     error: str = ""
-    unacked: dict[int, int] = attrs.field(factory=dict)
-    trackers: list[zmq.MessageTracker] = attrs.field(factory=list)
+    unacked: dict[int, Sent] = attrs.field(factory=dict)
 
 
 @attrs.define(eq=False)
@@ -101,6 +112,7 @@ class ZmqData:
     """The data plane. Used by whoever drives the session."""
 
     notifies = True
+    residual_ms = 0.0
 
     def __init__(
         self, host: Host, context: zmq.Context[zmq.Socket[bytes]], router: zmq.Socket[bytes] | None, endpoint: str
@@ -112,6 +124,10 @@ class ZmqData:
         self._landing = Landing(host.layout)
         self._lanes: dict[bytes, Lane] = {}
         self._lane_of: dict[int, Lane] = {}  # by op
+        self._spare: list[NDArray[np.uint8]] = []  # used again, because fresh memory costs more than the copy into it
+        self._segment_bytes_max = min(SEGMENT_BYTES_MAX, host.limits.in_flight_bytes_max)
+        self._arriving: dict[bytes, tuple[int, int]] = {}  # by granted writer: its unfinished op, the sequence to come
+        self._dropped = Dropped(host)
         self._router_source: Source | None = None
         if router is not None:
             self._router_source = host.reactor.add_socket(router, self._on_router)
@@ -121,14 +137,21 @@ class ZmqData:
     def peer_up(self, peer: bytes, descriptor: bytes) -> None:
         if self._router is not None:
             return  # decode is written to; its writers dial
+        self.peer_down(peer)
         try:
             endpoint = descriptor.decode()
-            dialer = Dialer(self._host, self._context, peer, endpoint, 0, lambda: self._on_acks(peer))
+            dialer = Dialer(
+                self._host, self._context, peer, endpoint, 0, lambda: self._on_acks(peer), lambda: self._on_broken(peer, descriptor)
+            )
         except (UnicodeDecodeError, zmq.ZMQError) as error:
             self._host.emit(ev.PeerUnreachable(peer, f"its data endpoint {descriptor[:64]!r} is unusable: {error}", dead=False))
             return
-        self.peer_down(peer)
         self._lanes[peer] = Lane(peer, dialer)
+
+    def _on_broken(self, peer: bytes, descriptor: bytes) -> None:
+        """A connection broke, and ZeroMQ does not tell which messages are lost: every write on its way ends, later ones go anew."""
+        if self._lanes[peer].writes:
+            self.peer_up(peer, descriptor)
 
     def peer_down(self, peer: bytes) -> None:
         lane = self._lanes.pop(peer, None)
@@ -141,7 +164,7 @@ class ZmqData:
 
     def _let_go(self, write: Write) -> bool:
         """Report a write of a lost peer once ZeroMQ holds none of its memory; what has left is refused or placed by the peer."""
-        if not all(tracker.done for tracker in write.trackers):
+        if not all(tracker.done for sent in write.unacked.values() for tracker in sent.trackers):
             return False
         self._host.emit(ev.WriteFailed(write.op, write.error or "the connection was given up"))
         return True
@@ -163,7 +186,7 @@ class ZmqData:
             except zmq.Again:
                 return False
             except ValueError:
-                logger.warning("%s: dropped a data message without a header", self._host.name)
+                self._dropped("a data message without a header")
                 continue
             self._on_segment(sender.bytes, header.bytes, payload)
         return True
@@ -172,7 +195,7 @@ class ZmqData:
         try:
             segment = _decode_segment(header)
         except (msgspec.DecodeError, ValueError) as error:
-            logger.warning("%s: dropped a malformed data message: %s", self._host.name, error)
+            self._dropped(f"a malformed data message: {error}")
             return
         error_text = ""
         try:
@@ -180,7 +203,7 @@ class ZmqData:
         except WireError as error:
             error_text = str(error)
         if segment.notice and not error_text:
-            self._host.deliver(segment.notice)
+            self._host.deliver(segment.notice, sender[1:])
         assert self._router is not None
         try:
             self._router.send_multipart([sender, _encode(Ack(segment.op, segment.sequence, error_text))], zmq.NOBLOCK)
@@ -191,6 +214,10 @@ class ZmqData:
         """Check a whole segment, then copy it. Raises WireError with nothing copied."""
         if segment.destination != self._host.incarnation:
             raise WireError("the segment is for another incarnation of this process")
+        if segment.notice and segment.notice[4:20] != writer:
+            raise WireError("its notice does not come from the session that sent the segment")
+        if segment.sequence and self._arriving.get(writer) != (segment.op, segment.sequence):  # a connection broke in between
+            raise WireError(f"segment {segment.sequence} came without those before it")
         region, offset, nbytes, frames = (
             _unpack(segment.region, "<i4"),
             _unpack(segment.offset, "<i8"),
@@ -198,21 +225,26 @@ class ZmqData:
             _unpack(segment.frames, "<i4"),
         )
         self._landing.check(writer, segment.generation, region, offset, nbytes)
-        if len(frames) != len(payload) or (len(frames) and frames.min() < 1) or frames.sum() != len(region):
-            raise WireError(f"{len(payload)} payload frames do not hold {len(region)} copies")
-        bounds = np.append(0, np.cumsum(nbytes))
-        ends = np.cumsum(frames)
-        expected = bounds[ends] - bounds[ends - frames]
-        if any(len(frame) != want for frame, want in zip(payload, expected.tolist(), strict=True)):
-            raise WireError("payload frames are not as long as their copies")
-        copies = zip(region.tolist(), offset.tolist(), nbytes.tolist(), strict=True)
-        for frame, count in zip(payload, frames.tolist(), strict=True):
+        lengths, counts = nbytes.tolist(), frames.tolist()
+        if len(counts) != len(payload) or min(counts, default=1) < 1 or sum(counts) != len(lengths):
+            raise WireError(f"{len(payload)} payload frames do not hold {len(lengths)} copies")
+        done = 0
+        for frame, count in zip(payload, counts, strict=True):
+            if len(frame) != sum(lengths[done : done + count]):
+                raise WireError("payload frames are not as long as their copies")
+            done += count
+        copies = zip(region.tolist(), offset.tolist(), lengths, strict=True)
+        for frame, count in zip(payload, counts, strict=True):
             data = np.frombuffer(frame.buffer, dtype=np.uint8)
             at = 0
             for _ in range(count):
                 number, begin, length = next(copies)
                 self._landing.view(number)[begin : begin + length] = data[at : at + length]
                 at += length
+        if segment.notice:
+            self._arriving.pop(writer, None)
+        else:
+            self._arriving[writer] = segment.op, segment.sequence + 1
 
     # --- the writing side ------------------------------------------------------------------------------------------------
 
@@ -221,8 +253,8 @@ class ZmqData:
         if lane is None:
             self._host.emit(ev.WriteFailed(op, "there is no data connection to the peer"))
             return
-        plan = _cut(plan)
-        write = Write(op, generation, plan, notice, _segments(plan))
+        plan = _cut(plan, self._segment_bytes_max)
+        write = Write(op, generation, plan, notice, _segments(plan, self._segment_bytes_max))
         lane.writes[op] = write
         lane.queue.append(write)
         self._lane_of[op] = lane
@@ -243,9 +275,9 @@ class ZmqData:
         self._finish_if_done(lane, write)
 
     def _pump(self, lane: Lane) -> None:
-        limit = self._host.limits.in_flight_bytes_max
+        full = self._host.limits.in_flight_bytes_max - self._segment_bytes_max  # above this a segment might not fit
         sent = False
-        while lane.queue and lane.in_flight_bytes < limit:
+        while lane.queue and lane.in_flight_bytes <= full:
             write = lane.queue[0]
             begin, end = next(write.segments)
             self._send(lane, write, begin, end)
@@ -258,7 +290,8 @@ class ZmqData:
     def _send(self, lane: Lane, write: Write, begin: int, end: int) -> None:
         plan = write.plan
         last = end == len(plan)
-        frames, counts, tracker = self._frames(plan, begin, end)
+        sent = Sent(int(plan.nbytes[begin:end].sum()))
+        frames, counts = self._frames(plan, begin, end, sent)
         header = Segment(
             lane.peer,
             write.op,
@@ -270,21 +303,17 @@ class ZmqData:
             np.array(counts, dtype="<i4").tobytes(),
             write.notice if last else b"",
         )
-        nbytes = int(plan.nbytes[begin:end].sum())
         lane.dialer.socket.send_multipart([_encode(header), *frames], zmq.NOBLOCK, copy=False)
-        write.unacked[write.sequence] = nbytes
-        lane.in_flight_bytes += nbytes
+        write.unacked[write.sequence] = sent
+        lane.in_flight_bytes += sent.nbytes
         write.sequence += 1
         write.sent_all = last
-        if tracker is not None:
-            write.trackers.append(tracker)
 
-    def _frames(self, plan: Plan, begin: int, end: int) -> tuple[list[zmq.Frame | bytes], list[int], zmq.MessageTracker | None]:
-        """Payload frames of copies [begin, end), the number of copies in each, and a tracker of the last that shares our memory."""
-        frames: list[zmq.Frame | bytes] = []
+    def _frames(self, plan: Plan, begin: int, end: int, sent: Sent) -> tuple[list[zmq.Frame | memoryview], list[int]]:
+        """Payload frames of copies [begin, end) and the number of copies in each; what they hold on to is noted in `sent`."""
+        frames: list[zmq.Frame | memoryview] = []
         counts: list[int] = []
         small: list[NDArray[np.uint8]] = []
-        tracker = None
         columns = (plan.region[begin:end].tolist(), plan.source[begin:end].tolist(), plan.nbytes[begin:end].tolist())
         for region, source, nbytes in zip(*columns, strict=True):
             data = self._landing.view(region)[source : source + nbytes]
@@ -292,17 +321,28 @@ class ZmqData:
                 small.append(data)
                 continue
             if small:
-                frames.append(np.concatenate(small).tobytes())
+                frames.append(self._gather(small, sent))
                 counts.append(len(small))
                 small = []
             frame = zmq.Frame(data, copy=False, track=True)
-            tracker = frame.tracker
+            sent.trackers.append(frame.tracker)
             frames.append(frame)
             counts.append(1)
         if small:
-            frames.append(np.concatenate(small).tobytes())
+            frames.append(self._gather(small, sent))
             counts.append(len(small))
-        return frames, counts, tracker
+        return frames, counts
+
+    def _gather(self, pieces: list[NDArray[np.uint8]], sent: Sent) -> zmq.Frame | memoryview:
+        """One frame with the bytes of all pieces. ZeroMQ copies a little one, and reads a large one from a buffer of ours."""
+        nbytes = sum(map(len, pieces))
+        if nbytes < zmq.COPY_THRESHOLD:
+            return np.concatenate(pieces).data
+        buffer = self._spare.pop() if self._spare else np.empty(self._segment_bytes_max, dtype=np.uint8)
+        np.concatenate(pieces, out=buffer[:nbytes])
+        frame = zmq.Frame(buffer[:nbytes], copy=False, track=True)
+        sent.buffers.append((buffer, frame.tracker))
+        return frame
 
     def _on_acks(self, peer: bytes) -> bool:
         lane = self._lanes.get(peer)
@@ -316,7 +356,7 @@ class ZmqData:
             try:
                 ack = _decode_ack(frames[0])
             except (msgspec.DecodeError, ValueError) as error:
-                logger.warning("%s: dropped a malformed acknowledgement: %s", self._host.name, error)
+                self._dropped(f"a malformed acknowledgement: {error}")
                 continue
             self._on_ack(lane, ack)
         return True
@@ -325,7 +365,9 @@ class ZmqData:
         write = lane.writes.get(ack.op)
         if write is None or ack.sequence not in write.unacked:
             return  # a repeated acknowledgement
-        lane.in_flight_bytes -= write.unacked.pop(ack.sequence)
+        sent = write.unacked.pop(ack.sequence)
+        lane.in_flight_bytes -= sent.nbytes
+        self._spare += [buffer for buffer, tracker in sent.buffers if tracker.done]  # a peer's word would not prove that
         if ack.error and not write.error:
             write.error = f"refused by the receiver: {ack.error}"
         if write.error:
@@ -337,6 +379,8 @@ class ZmqData:
     def _finish_if_done(self, lane: Lane, write: Write) -> None:
         if write.sent_all and not write.unacked and lane.writes.pop(write.op, None) is not None:
             del self._lane_of[write.op]
+            if not self._lane_of:
+                del self._spare[SPARE_BUFFERS_MAX:]
             if write.error:
                 self._host.emit(ev.WriteFailed(write.op, write.error))
             else:
@@ -361,29 +405,32 @@ def _unpack(packed: bytes, dtype: str) -> NDArray[Any]:
         raise WireError(f"packed array of {len(packed)} bytes: {error}") from None
 
 
-def _cut(plan: Plan) -> Plan:
+def _cut(plan: Plan, bytes_max: int) -> Plan:
     """The same plan with no copy longer than a segment."""
-    if not len(plan) or plan.nbytes.max() <= SEGMENT_BYTES_MAX:
+    if plan.total_bytes <= bytes_max or plan.nbytes.max() <= bytes_max:
         return plan
-    pieces = -(-plan.nbytes // SEGMENT_BYTES_MAX)
+    pieces = -(-plan.nbytes // bytes_max)
     owner = np.repeat(np.arange(len(plan)), pieces)
-    step = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * SEGMENT_BYTES_MAX
+    step = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * bytes_max
     return Plan(
         plan.region[owner],
         plan.source[owner] + step,
         plan.destination[owner] + step,
-        np.minimum(plan.nbytes[owner] - step, SEGMENT_BYTES_MAX),
+        np.minimum(plan.nbytes[owner] - step, bytes_max),
         plan.total_bytes,
     )
 
 
-def _segments(plan: Plan) -> Iterator[tuple[int, int]]:
+def _segments(plan: Plan, bytes_max: int) -> Iterator[tuple[int, int]]:
     """[begin, end) of each segment: bounded in bytes and copies; an empty plan is one empty segment, which carries the notice."""
+    if plan.total_bytes <= bytes_max and len(plan) <= SEGMENT_COPIES_MAX:  # a short chunk
+        yield 0, len(plan)
+        return
     ends = np.cumsum(plan.nbytes)
     begin = 0
     while True:
         done = int(ends[begin - 1]) if begin else 0
-        end = int(np.searchsorted(ends, done + SEGMENT_BYTES_MAX, side="right"))
+        end = int(np.searchsorted(ends, done + bytes_max, side="right"))
         end = min(end, begin + SEGMENT_COPIES_MAX)
         yield begin, end
         begin = end

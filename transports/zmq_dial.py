@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import socket as stdlib_socket
 from collections.abc import Callable
 
@@ -16,8 +17,11 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from pd_fsm.core import events as ev
+from pd_fsm.core import wire
 from pd_fsm.runtime.reactor import Source
 from pd_fsm.runtime.transport import Host
+
+logger = logging.getLogger("pd_fsm.transports.zmq")
 
 RECONNECT_MS_MIN = 50
 RECONNECT_MS_MAX = 1_000
@@ -29,8 +33,24 @@ def routing_id(incarnation: bytes) -> bytes:
     return b"I" + incarnation
 
 
+class Dropped:
+    """Messages that make no sense: counted, and told at the 1st, 2nd, 4th, 8th ..., so that garbage cannot fill the log."""
+
+    def __init__(self, host: Host) -> None:
+        self.count = 0
+        self._host = host
+
+    def __call__(self, what: str) -> None:
+        self.count += 1
+        if self.count & (self.count - 1) == 0:
+            logger.warning("%s: dropped %s (%d dropped so far)", self._host.name, what, self.count)
+
+
 class Dialer:
-    """One connection. Used by whoever drives the session."""
+    """One connection. Used by whoever drives the session.
+
+    `on_broken` is called when an established connection broke; it may close this dialer.
+    """
 
     def __init__(
         self,
@@ -40,15 +60,18 @@ class Dialer:
         endpoint: str,
         send_max: int,
         on_ready: Callable[[], bool],
+        on_broken: Callable[[], None] = lambda: None,
     ) -> None:
         self.peer = peer
         self.endpoint = endpoint
         self._host = host
         self._probe: tuple[stdlib_socket.socket, Source] | None = None
         self._closed = False
+        self._on_broken = on_broken
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, send_max)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, wire.FRAME_BYTES_MAX)
         self.socket.setsockopt(zmq.ROUTING_ID, routing_id(host.incarnation))
         self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS_MIN)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
@@ -79,7 +102,9 @@ class Dialer:
         else:  # the connection broke, or an attempt to connect failed
             if event["event"] == zmq.EVENT_DISCONNECTED:
                 self._host.emit(ev.PeerUnreachable(self.peer, f"the connection to {self.endpoint} broke"))
-            self._begin_probe()
+                self._on_broken()
+            if not self._closed:
+                self._begin_probe()
         return True
 
     def _begin_probe(self) -> None:
@@ -136,6 +161,8 @@ def _target(endpoint: str) -> tuple[int, tuple[str, int] | str] | None:
     host, _, port = rest.rpartition(":")
     try:
         address = ipaddress.ip_address(host.strip("[]"))
-        return (stdlib_socket.AF_INET6 if address.version == 6 else stdlib_socket.AF_INET), (str(address), int(port))
+        number = int(port)
     except ValueError:
         return None
+    family = stdlib_socket.AF_INET6 if address.version == 6 else stdlib_socket.AF_INET
+    return (family, (str(address), number)) if 0 < number < 1 << 16 else None

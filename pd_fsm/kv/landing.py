@@ -15,13 +15,15 @@ from pd_fsm.core.events import Expose
 from pd_fsm.errors import WireError
 from pd_fsm.kv.layout import KVLayout
 
+_largest = np.maximum.reduce
+
 
 @attrs.frozen(eq=False)
 class Grant:
-    """Who may write, and the sorted item numbers for each index space (by its number in `Landing`)."""
+    """Who may write, and the sorted numbers of the items granted, those of all index spaces in one row (see `Landing._base`)."""
 
     writers: tuple[bytes, ...]
-    items: tuple[NDArray[np.int64], ...]
+    items: NDArray[np.int64]
 
 
 class Landing:
@@ -29,21 +31,23 @@ class Landing:
 
     def __init__(self, layout: KVLayout) -> None:
         self._views = [region.bytes_view() for region in layout.regions]
-        self._spaces = sorted({component.space for component in layout.components})
+        self._spaces = [layout.space_of(i) for i in range(len(layout.regions))]
         self._aux_spaces = layout.aux_spaces()
-        self._space_of = np.array([self._spaces.index(layout.space_of(i)) for i in range(len(layout.regions))])
         self._item_bytes = np.array([region.item_bytes for region in layout.regions], dtype=np.int64)
+        self._items = np.array([region.items for region in layout.regions], dtype=np.int64)
+        self._base = {space: number * int(self._items.max()) for number, space in enumerate(sorted(set(self._spaces)))}
+        """Where the items of each index space begin in one common numbering, so that one look-up serves all spaces."""
+        self._base_of = np.array([self._base[space] for space in self._spaces], dtype=np.int64)
         self._grants: dict[int, Grant] = {}
 
     def expose(self, grant: Expose) -> None:
         items = []
-        for space in self._spaces:
-            if space in self._aux_spaces:
-                granted = np.array([grant.aux_row] if grant.aux_row >= 0 else [], dtype=np.int64)
-            else:
-                granted = np.sort(np.frombuffer(grant.pages[space], dtype="<i4").astype(np.int64))
-            items.append(granted)
-        self._grants[grant.generation] = Grant(grant.writers, tuple(items))
+        for space, base in self._base.items():
+            if space not in self._aux_spaces:
+                items.append(np.frombuffer(grant.pages[space], dtype="<i4").astype(np.int64) + base)
+            elif grant.aux_row >= 0:
+                items.append(np.array([grant.aux_row + base], dtype=np.int64))
+        self._grants[grant.generation] = Grant(grant.writers, np.sort(np.concatenate(items)))
 
     def revoke(self, generation: int) -> None:
         """End an exposure; idempotent."""
@@ -70,32 +74,27 @@ class Landing:
             raise WireError(f"copies are {len(region)} regions, {len(offset)} offsets and {len(nbytes)} lengths")
         if not len(region):
             return
-        if region.min() < 0 or region.max() >= len(self._views):
+        # Seen as unsigned, a negative number is a very large one: one look at each column is enough.
+        if _largest(region.view(np.uint32)) >= len(self._views):
             raise WireError(f"regions must be in 0..{len(self._views) - 1}, got {region.min()}..{region.max()}")
-        if nbytes.min() < 1 or offset.min() < 0 or nbytes.max() > 1 << 48 or offset.max() > 1 << 48:
+        if _largest((nbytes - 1).view(np.uint64)) >= 1 << 48 or _largest(offset.view(np.uint64)) > 1 << 48:
             raise WireError(f"offsets {offset.min()}..{offset.max()} and lengths {nbytes.min()}..{nbytes.max()} are out of range")
         item_bytes = self._item_bytes[region]
         first = offset // item_bytes
-        extent = (offset + nbytes - 1) // item_bytes - first
-        spaces = self._space_of[region]
-        for space in np.unique(spaces):
-            chosen = spaces == space
-            self._check_space(generation, int(space), grant.items[space], first[chosen], extent[chosen])
-
-    def _check_space(
-        self, generation: int, space: int, granted: NDArray[np.int64], first: NDArray[np.int64], extent: NDArray[np.int64]
-    ) -> None:
-        at = np.searchsorted(granted, first)
-        inside = at + extent < len(granted)  # sorted and unique: first and last at this distance means all between, too
-        safe = np.where(inside, at, 0)
-        if (
-            not len(granted)
-            or not inside.all()
-            or (granted[safe] != first).any()
-            or (granted[safe + extent] != first + extent).any()
-        ):
+        last = (offset + nbytes - 1) // item_bytes
+        exists = last < self._items[region]  # so a copy stays inside its own region, and its items inside their own space
+        base = self._base_of[region]
+        granted = grant.items
+        at = np.searchsorted(granted, first + base)
+        upto = at + last - first
+        inside = exists & (upto < len(granted))
+        at, upto = at * inside, upto * inside
+        # The granted numbers are sorted and unique: with the first and the last at this distance all between are there, too.
+        good = inside & (granted[at] == first + base) & (granted[upto] == last + base) if len(granted) else inside
+        if not good.all():
+            bad = int(np.argmin(good))
             raise WireError(
-                f"a copy to items {first.min()}..{(first + extent).max()} of {self._spaces[space]!r} "
+                f"a copy to items {first[bad]}..{last[bad]} of {self._spaces[region[bad]]!r} "
                 f"touches items that generation {generation} does not grant"
             )
 

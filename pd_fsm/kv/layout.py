@@ -27,6 +27,7 @@ class Region:
     address: int
     items: int
     item_bytes: int
+    dtype: str
     host: bool
     owner: Any = attrs.field(repr=False)
 
@@ -57,17 +58,17 @@ class Component:
 
     def info(self) -> ComponentInfo:
         items = min(region.items for region in self.regions)
-        return ComponentInfo(
-            self.name, self.kind, self.space, self.page_size, items, tuple(region.item_bytes for region in self.regions)
-        )
+        dtypes = "+".join(sorted({region.dtype for region in self.regions}))
+        item_bytes = tuple(region.item_bytes for region in self.regions)
+        return ComponentInfo(self.name, self.kind, self.space, self.page_size, items, item_bytes, dtypes)
 
 
 def paged(name: str, buffers: Sequence[Any], page_size: int, space: str = "kv") -> Component:
     """A component of pages of `page_size` tokens.
 
-    `buffers` are C-contiguous torch tensors or numpy arrays of any dtype whose dimension 0 counts pages, for example
-    `[num_pages, page_size, kv_heads, head_dim]` for K and for V of each layer. Components with the same `space` are indexed by the
-    same page numbers. Raises ConfigError for a buffer that cannot be used.
+    `buffers` are C-contiguous torch tensors or numpy arrays whose dimension 0 counts pages, of any dtype that is the same on both
+    sides, for example `[num_pages, page_size, kv_heads, head_dim]` for K and for V of each layer. Components with the same `space`
+    are indexed by the same page numbers. Raises ConfigError for a buffer that cannot be used.
     """
     if page_size < 1:
         raise ConfigError(f"component {name!r}: page_size must be at least 1 token, not {page_size}")
@@ -89,7 +90,12 @@ class KVLayout:
         if not any(component.kind == "paged" for component in components):
             raise ConfigError("a layout needs at least one paged component; make one with pd_fsm.paged(...)")
         sizes: dict[str, int] = {}
+        paged_spaces = {component.space for component in components if component.kind == "paged"}
         for component in components:
+            if component.kind == "rows" and component.space in paged_spaces:
+                raise ConfigError(
+                    f"rows of {component.name!r} need an index space of their own, and pages have that name for theirs"
+                )
             if component.kind == "paged" and sizes.setdefault(component.space, component.page_size) != component.page_size:
                 raise ConfigError(
                     f"components of index space {component.space!r} have page sizes {sizes[component.space]} and "
@@ -128,6 +134,8 @@ class KVLayout:
 
 
 def _regions(name: str, buffers: Sequence[Any]) -> tuple[Region, ...]:
+    if hasattr(buffers, "shape"):  # its pages would be taken for buffers
+        raise ConfigError(f"component {name!r} needs a list of buffers, not one of shape {tuple(buffers.shape)}")
     if not buffers:
         raise ConfigError(f"component {name!r} has no buffers")
     return tuple(_region(f"component {name!r}, buffer {index}", buffer) for index, buffer in enumerate(buffers))
@@ -140,6 +148,10 @@ def _region(where: str, buffer: Any) -> Region:
     elif isinstance(buffer, np.ndarray):
         address, contiguous = int(buffer.ctypes.data), bool(buffer.flags.c_contiguous)
         itemsize, host = int(buffer.itemsize), True
+        if buffer.dtype.hasobject:
+            raise ConfigError(f"{where} holds Python objects, whose bytes mean nothing elsewhere")
+        if not buffer.flags.writeable:
+            raise ConfigError(f"{where} is read-only memory; a hand-off must be able to write to it")
     else:
         raise ConfigError(f"{where} is a {type(buffer).__name__}; a torch tensor or numpy array is needed")
     shape = tuple(int(n) for n in buffer.shape)
@@ -150,4 +162,4 @@ def _region(where: str, buffer: Any) -> Region:
         item_bytes *= extent
     if shape[0] < 1 or item_bytes < 1:
         raise ConfigError(f"{where} of shape {shape} holds no bytes")
-    return Region(address, shape[0], item_bytes, host, buffer)
+    return Region(address, shape[0], item_bytes, str(buffer.dtype).removeprefix("torch."), host, buffer)

@@ -56,9 +56,10 @@ def _space_part(
     assert len(source) == len(destination), f"{len(source)} source pages for {len(destination)} destination pages"
     regions, item_bytes = layout.space_regions(space)
     count = len(source)
+    if count == 1:  # the aux row, and the pages of short chunks: nothing to merge
+        return regions, item_bytes * source[0], item_bytes * destination[0], item_bytes
     starts_run = np.ones(count, dtype=bool)
-    if count > 1:
-        starts_run[1:] = (np.diff(source) != 1) | (np.diff(destination) != 1)
+    starts_run[1:] = (np.diff(source) != 1) | (np.diff(destination) != 1)
     first = np.flatnonzero(starts_run)
     pages = np.diff(np.append(first, count))
     return (

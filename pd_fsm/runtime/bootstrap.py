@@ -173,6 +173,8 @@ class BootstrapServer:
             return 408, {"error": f"the request was not complete after {BODY_TIMEOUT_S} s"}
         except self._aiohttp.web.HTTPRequestEntityTooLarge:
             return 413, {"error": f"the request is larger than {BODY_BYTES_MAX} bytes"}
+        except ConnectionError:  # the client is gone: no error of ours, and nobody reads the answer
+            return 400, {"error": "the connection broke before the request was complete"}
         return answer(self._state, request.method, request.path, Call(request.query, body, request.remote or ""))
 
     def _authorized(self, request: web.Request) -> bool:

@@ -29,6 +29,8 @@ from pd_fsm.runtime.transport import Transport
 logger = logging.getLogger("pd_fsm")
 
 IDLE_WAIT_MS_MAX = 1_000.0
+DEADLINE_LATE_MS_MAX = 20.0
+"""How long deadlines give way to events that keep arriving."""
 DRIVE_LOCK_WAIT_S = 0.005
 """How long the thread waits while the engine drives, before it looks again."""
 
@@ -57,7 +59,7 @@ class Driver:
         self._trace = trace
         self._transport: Transport | None = None
         self._rendezvous: Rendezvous | None = None
-        self._inbox: deque[ev.Event | bytes] = deque()
+        self._inbox: deque[ev.Event | tuple[bytes, bytes]] = deque()
         self._effects: deque[ev.Effect] = deque()
         self._drive_lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -80,8 +82,8 @@ class Driver:
         self._inbox.append(event)
         self._reactor.wake()
 
-    def deliver(self, frame: bytes) -> None:
-        self._inbox.append(frame)
+    def deliver(self, frame: bytes, via: bytes = b"") -> None:
+        self._inbox.append((frame, via))
         self._reactor.wake()
 
     # --- driving ---------------------------------------------------------------------------------------------------------
@@ -166,11 +168,11 @@ class Driver:
         for _ in range(len(inbox)):
             worked = True
             self._take(inbox.popleft())
-        if not worked:
-            with self.lock:
-                deadline = self.core.deadline()
-                if deadline is not None and deadline <= now_ms():
-                    self.apply(self.core.expire(now_ms()))
+        with self.lock:
+            deadline = self.core.deadline()
+            # What has arrived comes before what ran out, but a stream that never ends must not stop the clock.
+            if deadline is not None and deadline + (DEADLINE_LATE_MS_MAX if worked else 0.0) <= now_ms():
+                self.apply(self.core.expire(now_ms()))
         effects = self._effects
         while effects:
             worked = True
@@ -179,14 +181,15 @@ class Driver:
             self._trace.flush()
         return worked
 
-    def _take(self, item: ev.Event | bytes) -> None:
-        if isinstance(item, bytes):
+    def _take(self, item: ev.Event | tuple[bytes, bytes]) -> None:
+        if isinstance(item, tuple):
+            frame, via = item
             try:
-                source, destination, message = wire.decode(item)
+                source, destination, message = wire.decode(frame)
             except WireError as error:
                 self._wire_error(error)
                 return
-            item = ev.Received(source, destination, message)
+            item = ev.Received(source, destination, message, via)
         with self.lock:
             self.apply(self.core.step(item, now_ms()))
 

@@ -18,6 +18,7 @@ import zmq
 HANDLER_MESSAGES_MAX = 64
 """How much one handler should do before it lets the others run."""
 CHECK_MS = 10.0
+_POLLIN = int(zmq.POLLIN)  # the enum's `&` costs more than the look at the socket
 
 
 @attrs.define(eq=False)
@@ -106,11 +107,18 @@ class Reactor:
         if not self._hot:
             return False
         hot, self._hot = self._hot, {}
+        try:
+            return self._run(hot)
+        except BaseException:
+            self._hot = hot | self._hot  # nobody's signal is lost because of somebody else's error
+            raise
+
+    def _run(self, hot: dict[int, Source]) -> bool:
         worked = False
         for source in hot.values():
             if self._sources.get(source.fd) is not source:
                 continue  # removed by another handler
-            if source.socket is None or int(source.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if source.socket is None or int(source.socket.getsockopt(zmq.EVENTS)) & _POLLIN:
                 worked = True
                 more = source.on_ready() or source.socket is not None  # until a look finds nothing
                 if more and self._sources.get(source.fd) is source:  # not removed, nor its number taken by another, meanwhile

@@ -7,9 +7,12 @@ raises here; it is a phase and a `Failure`.
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import secrets
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
 
@@ -17,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pd_fsm.core import events as ev
+from pd_fsm.core import wire
 from pd_fsm.core.events import Failure
 from pd_fsm.core.ledger import Room
 from pd_fsm.core.session import Identity, SessionCore
 from pd_fsm.core.settings import Deadlines, Limits, Topology
 from pd_fsm.core.wire import pack_pages
-from pd_fsm.errors import ConfigError, LocalProtocolError, RoomFailed, WaitTimeout
+from pd_fsm.errors import ConfigError, LocalProtocolError, RoomFailed, WaitTimeout, WireError
 from pd_fsm.kv import KVLayout
 from pd_fsm.machines import Phase
 from pd_fsm.runtime.board import PollBoard
@@ -36,6 +40,9 @@ PageIndices: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]]"
 Pages: TypeAlias = "PageIndices | Mapping[str, PageIndices]"
 """Page numbers in the order of the sequence; for a layout with several index spaces, one list for each by name."""
 HandleT = TypeVar("HandleT", bound="Handle")
+_PHASES = tuple(sorted(Phase))  # by value, which costs a fifth of a call of the enum
+_slot_of = operator.attrgetter("_slot")
+_COUNT_MAX = (1 << 31) - 1
 LINGER_MS = 500
 """How long the last frames, the goodbyes among them, get to leave a closing session."""
 
@@ -68,7 +75,7 @@ class Handle:
 
     @property
     def phase(self) -> Phase:
-        return Phase(self._board[self._slot])
+        return _PHASES[self._board[self._slot]]
 
     @property
     def failure(self) -> Failure | None:
@@ -90,7 +97,7 @@ class Handle:
 
     def abort(self, reason: str = "aborted by the engine") -> None:
         """Fail the room, now. The other side is told why. Does nothing to a room that concluded."""
-        self._session.driver.call(ev.AbortRequested(self._room.generation, reason))
+        self._session.driver.call(ev.AbortRequested(self._room.generation, str(reason)))
 
     def clear(self) -> None:
         """Forget the room; idempotent. Raises LocalProtocolError while it is live. What is owed about its memory goes on."""
@@ -158,14 +165,32 @@ class Sender(Handle):
         Raises LocalProtocolError for a chunk that does not fit; a room that concluded ignores it.
         """
         packed = self._session.pack(pages)
-        event = ev.ChunkReady(self.generation, tokens[0], tokens[1], packed, last, -1 if aux is None else aux)
-        self._session.driver.call(event)
+        try:
+            start, end = tokens
+        except (TypeError, ValueError):
+            raise LocalProtocolError(f"room {self.room}: tokens must be (start, end), not {tokens!r}") from None
+        start, end = _integer("tokens", start, 0, _COUNT_MAX), _integer("tokens", end, 0, _COUNT_MAX)
+        self._session.driver.call(ev.ChunkReady(self.generation, start, end, packed, bool(last), _row(aux)))
 
 
 class Receiver(Handle):
     """The decode side of a room."""
 
     __slots__ = ()
+
+    @property
+    def tokens_computed(self) -> int | None:
+        """Tokens that prefill holds for a room that was opened without pages, when it is done; None before."""
+        return self._room.tokens_computed
+
+    def grant(self, pages: Pages, *, aux: int | None = None, decode_prefix_len: int = 0, tokens: int | None = None) -> None:
+        """Give a room that was opened with `pages=None` its pages, at the latest when `tokens_computed` says how many are needed.
+
+        Raises LocalProtocolError for pages that are not this layout's, or a room that has its pages; a room that concluded
+        ignores it.
+        """
+        prefix = _integer("decode_prefix_len", decode_prefix_len, 0, _COUNT_MAX)
+        self._session.driver.call(ev.GrantPages(self.generation, self._session.pack(pages), _row(aux), prefix, _tokens(tokens)))
 
 
 class HandleGroup:
@@ -222,12 +247,15 @@ class HandleGroup:
 class Session:
     """One rank's session layer. Made by `open_session`. Thread-safe, except `group`s and `close`."""
 
-    def __init__(self, driver: Driver, board: PollBoard, reactor: Reactor, layout: KVLayout) -> None:
+    def __init__(
+        self, driver: Driver, board: PollBoard, reactor: Reactor, layout: KVLayout, leave_rendezvous: Callable[[], None]
+    ) -> None:
         self.driver = driver
         self.layout = layout
         self.phases = board.phases
         self.board_array = board.array
         self._board = board
+        self._leave_rendezvous = leave_rendezvous
         self._reactor = reactor
         self._closers: list[Any] = []
         self._closed = False
@@ -249,27 +277,38 @@ class Session:
 
         Raises LocalProtocolError if the room is open already, the session is closing, or `Limits.rooms_max` is reached.
         """
-        return self._open(ev.OpenSend(room, readers), Sender)
+        return self._open(ev.OpenSend(_room(room), _integer("readers", readers, 0, _COUNT_MAX)), Sender)
 
     def receive(
         self,
         room: int,
-        pages: Pages,
+        pages: Pages | None,
         *,
         aux: int | None = None,
         decode_prefix_len: int = 0,
+        tokens: int | None = None,
         prefill: str | None = None,
         prefill_dp_rank: int | None = None,
     ) -> Receiver:
         """Open `room` on the decode side and grant `pages`, in the order of the sequence after the prefix, to its prefill ranks.
 
         `aux` is the row that receives the aux data; `decode_prefix_len` how many tokens at the start are here already (a multiple
-        of the page size); `prefill` where to look the prefill up, default the session's rendezvous; without `prefill_dp_rank` the
-        rendezvous is asked which data-parallel rank serves the room. Raises LocalProtocolError as `send` does, and for pages that
-        are not this layout's.
+        of the page size); `tokens` the length of the whole prompt, so that a prefill which computed another one fails the room;
+        `prefill` where to look the prefill up, default the session's rendezvous; without `prefill_dp_rank` the rendezvous is
+        asked which data-parallel rank serves the room. With `pages=None` they are reserved later, by
+        `Receiver.grant`, for example when prefill is done (`Receiver.tokens_computed`). Raises LocalProtocolError as `send`
+        does, and for pages that are not this layout's.
         """
+        if not (prefill is None or isinstance(prefill, str)):
+            raise LocalProtocolError(f"prefill must be the address of a bootstrap server, not {prefill!r}")
         request = ev.OpenReceive(
-            room, self.pack(pages), -1 if aux is None else aux, decode_prefix_len, prefill or "", prefill_dp_rank
+            _room(room),
+            None if pages is None else self.pack(pages),
+            _row(aux),
+            _integer("decode_prefix_len", decode_prefix_len, 0, _COUNT_MAX),
+            prefill or "",
+            None if prefill_dp_rank is None else _integer("prefill_dp_rank", prefill_dp_rank, 0, _COUNT_MAX),
+            _tokens(tokens),
         )
         return self._open(request, Receiver)
 
@@ -281,6 +320,31 @@ class Session:
             handle = kind(self, opened, self._board.slot(opened.generation))
         self._reactor.wake()
         return handle
+
+    def cancel(self, room: int, reason: str = "cancelled by the engine") -> None:
+        """Abort a room by its number, also one that is not open here yet: it fails when it is opened, and its peers learn it.
+
+        What is not open yet is remembered for `Deadlines.tombstone_ms`. A room that concluded is left alone, but one that was
+        aborted and is not cleared yet fails at once when it is opened again: a cancel outlives a retraction. For one that was
+        cleared the cancel is late: the next request with that number is not touched, for `Deadlines.tombstone_ms`.
+        """
+        self.driver.call(ev.CancelRequested(_room(room), str(reason)))
+
+    def begin_drain(self, reason: str = "the engine is being drained") -> None:
+        """Take no new rooms; running ones finish. Peers are told, and a prefill rank leaves the rendezvous. Returns at once.
+
+        When `drained`, close the session; the engine can then open another one, in the other role too.
+        """
+        self.driver.call(ev.DrainRequested(reason))
+        if self.driver.core.sends:  # the rendezvous may take its bounded time over it, so not on this thread
+            threading.Thread(target=self._leave_rendezvous, name=f"pd-fsm-leave-{self.name}", daemon=True).start()
+
+    @property
+    def drained(self) -> bool:
+        """Whether nothing is left to finish: no live room, no write, no memory that somebody else may touch."""
+        with self.driver.lock:
+            live = any(room.live for room in self.driver.core.registry.by_room.values())
+        return not live and not self._owes()
 
     def clear(self, handle: Handle) -> None:
         """Forget a room, and give its slot on the poll board back in the same step. For the handle."""
@@ -311,7 +375,7 @@ class Session:
         """int8 [len(handles)]: their phases. A `HandleGroup` is polled without touching its handles one by one."""
         if isinstance(handles, HandleGroup):
             return handles.poll()
-        slots = np.fromiter((handle.slot for handle in handles), dtype=np.intp, count=len(handles))
+        slots = np.fromiter(map(_slot_of, handles), dtype=np.intp, count=len(handles))
         return self.board_array.take(slots)
 
     def progress(self) -> bool:
@@ -387,6 +451,31 @@ class Session:
         self.close()
 
 
+def _integer(what: str, value: object, least: int, most: int) -> int:
+    """`value` as a plain int; numpy's are converted, what only looks like a number is refused before a room or a frame holds it."""
+    number = None
+    if not isinstance(value, (bool, np.bool_)):
+        with contextlib.suppress(TypeError):
+            number = operator.index(value)  # type: ignore[arg-type]  # that is the question
+    if number is None:
+        raise LocalProtocolError(f"{what} must be an integer, not {value!r:.64}")
+    if not least <= number <= most:
+        raise LocalProtocolError(f"{what} must be in {least}..{most}, not {number}")
+    return number
+
+
+def _room(room: object) -> int:
+    return _integer("room", room, 0, (1 << 63) - 1)
+
+
+def _row(aux: object) -> int:
+    return -1 if aux is None else _integer("aux", aux, -1 << 63, 1 << 63)  # the core knows which rows there are
+
+
+def _tokens(tokens: object) -> int | None:
+    return None if tokens is None else _integer("tokens", tokens, 0, _COUNT_MAX)
+
+
 def _pack(indices: PageIndices) -> bytes:
     if isinstance(indices, np.ndarray):
         if indices.ndim != 1 or indices.dtype.kind not in "iu":
@@ -453,14 +542,15 @@ def open_session(
             transport_options or {},
         )
         undo.append(lambda: made.close(LINGER_MS))
-        identity.transport, identity.data = made.name, made.data.descriptor
+        identity.transport, identity.data, identity.residual_ms = made.name, made.data.descriptor, made.data.residual_ms
+        _check_greeting(identity)
         meeting = _rendezvous(rendezvous, made.rendezvous, made.name)
         meeting.start(driver.emit)
         undo.append(meeting.close)
         driver.attach(made, meeting)
         if role == "prefill":
             meeting.register(_record(identity, made.control.endpoint))
-        session = Session(driver, board, reactor, kv)
+        session = Session(driver, board, reactor, kv, meeting.close)
         for closer in undo:
             session.on_close(closer)
         if thread:
@@ -470,6 +560,14 @@ def open_session(
             for closer in reversed(undo):
                 closer()
     return session
+
+
+def _check_greeting(identity: Identity) -> None:
+    """What no peer would read must not be found out by silence. Raises ConfigError."""
+    try:
+        wire.decode(wire.encode(identity.incarnation, wire.NOBODY, identity.hello()))
+    except (ValueError, WireError) as error:
+        raise ConfigError(f"the name or the layout of {identity.name[:64]!r} exceeds what a greeting can carry: {error}") from error
 
 
 def _rendezvous(given: str | Rendezvous | None, own: Rendezvous | None, transport: str) -> Rendezvous:

@@ -54,6 +54,9 @@ class DataPlane(Protocol):
     notifies: bool
     """Whether `notice` has been handed to the peer's session before WriteDone is emitted."""
 
+    residual_ms: float
+    """How long bytes that a process handed over before it died may still land: 0 where its end closes the way, else a bound."""
+
     def peer_up(self, peer: bytes, descriptor: bytes) -> None:
         """The handshake succeeded. A descriptor that makes no sense emits PeerUnreachable."""
 
@@ -87,8 +90,9 @@ class Host:
     reactor: Reactor
     emit: Callable[[ev.Event], None]
     """Append an event to the session's inbox; any thread, never blocks."""
-    deliver: Callable[[bytes], None]
-    """Hand over a frame that came from a peer, whatever its bytes are; any thread, never blocks."""
+    deliver: Callable[[bytes, bytes], None]
+    """`deliver(frame, via)`: hand over a frame, whatever its bytes are, that came on the connection of the peer `via`, as far as
+    the transport can tell (else b""); any thread, never blocks."""
 
 
 @attrs.frozen(eq=False)
