@@ -34,6 +34,29 @@ def world(tmp_path: Path) -> Iterator[World]:
 # --- the driver --------------------------------------------------------------------------------------------------------------
 
 
+def test_a_stream_of_events_does_not_stop_the_clock(tmp_path: Path) -> None:
+    """Completions come before timeouts, but a peer that never stops talking must not keep every deadline from firing."""
+    world = World("memory", thread=False, directory=tmp_path, deadlines=pd_fsm.Deadlines(bootstrap_ms=40))
+    engine = world.open("prefill")
+    driver = engine.session.driver
+    take = driver._take
+
+    def take_and_talk_on(item: Any) -> None:
+        take(item)
+        driver.emit(ev.RegistrationFailed(""))  # there is always something in the inbox
+
+    driver._take = take_and_talk_on  # type: ignore[method-assign]
+    driver.emit(ev.RegistrationFailed(""))
+    sender = engine.session.send(1)
+    deadline = time.monotonic() + 5
+    while sender.phase is not Phase.FAILED:
+        assert time.monotonic() < deadline, "the deadline of the room never fired"
+        engine.session.progress()
+    assert sender.failure is not None
+    assert sender.failure.cause == "timeout"
+    world.close()
+
+
 def test_the_core_is_touched_under_the_lock_only(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """`deadline` walks tables that another thread's call may be changing; without the lock that ends the driver's thread."""
     prefill, decode = world.pair()

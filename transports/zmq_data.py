@@ -303,7 +303,8 @@ class ZmqData:
             np.array(counts, dtype="<i4").tobytes(),
             write.notice if last else b"",
         )
-        lane.dialer.socket.send_multipart([_encode(header), *frames], zmq.NOBLOCK, copy=False)
+        # A little one is cheaper to copy than to hand over.
+        lane.dialer.socket.send_multipart([_encode(header), *frames], zmq.NOBLOCK, copy=sent.nbytes < zmq.COPY_THRESHOLD)
         write.unacked[write.sequence] = sent
         lane.in_flight_bytes += sent.nbytes
         write.sequence += 1

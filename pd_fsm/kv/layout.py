@@ -104,8 +104,10 @@ class KVLayout:
         self.components = tuple(components)
         self.regions: tuple[Region, ...] = tuple(region for component in components for region in component.regions)
         self._by_space: dict[str, tuple[NDArray[np.int32], NDArray[np.int64]]] = {}
+        self._items_of: dict[str, list[tuple[int, int]]] = {}
         for space in {component.space for component in components}:
             chosen = [(i, region) for i, region in enumerate(self.regions) if self._component_of(i).space == space]
+            self._items_of[space] = [(i, region.item_bytes) for i, region in chosen]
             self._by_space[space] = (
                 np.array([i for i, _ in chosen], dtype=np.int32),
                 np.array([region.item_bytes for _, region in chosen], dtype=np.int64),
@@ -125,6 +127,10 @@ class KVLayout:
     def space_regions(self, space: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """(region numbers int32 [R], bytes an item int64 [R]) of an index space."""
         return self._by_space[space]
+
+    def space_items(self, space: str) -> list[tuple[int, int]]:
+        """The same as plain numbers: (region number, bytes an item)."""
+        return self._items_of[space]
 
     def aux_spaces(self) -> tuple[str, ...]:
         return tuple(component.space for component in self.components if component.kind == "rows")

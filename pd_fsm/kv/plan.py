@@ -37,6 +37,8 @@ def make_plan(layout: KVLayout, copies: Copies, aux: tuple[int, int] | None) -> 
 
     Page numbers are trusted here: the core has checked them against both sides' layouts.
     """
+    if all(len(source) <= 4 for _, source, _ in copies):
+        return _one_page_plan(layout, copies, aux)
     parts = []
     for space, packed_source, packed_destination in copies:
         source = np.frombuffer(packed_source, dtype="<i4").astype(np.int64)
@@ -49,6 +51,27 @@ def make_plan(layout: KVLayout, copies: Copies, aux: tuple[int, int] | None) -> 
     return Plan(region, source, destination, nbytes, int(nbytes.sum()))
 
 
+def _one_page_plan(layout: KVLayout, copies: Copies, aux: tuple[int, int] | None) -> Plan:
+    """The plan of at most one page of each index space: there is nothing to merge, and arrays of a few numbers cost more to compute
+    with than to write down."""
+    items = [(space, int.from_bytes(s, "little"), int.from_bytes(d, "little")) for space, s, d in copies if s]
+    if aux is not None:
+        items += [(space, *aux) for space in layout.aux_spaces()]
+    rows = [
+        (region, source * nbytes, destination * nbytes, nbytes)
+        for space, source, destination in items
+        for region, nbytes in layout.space_items(space)
+    ]
+    region, source, destination, nbytes = zip(*rows, strict=True) if rows else ((), (), (), ())
+    return Plan(
+        np.array(region, dtype=np.int32),
+        np.array(source, dtype=np.int64),
+        np.array(destination, dtype=np.int64),
+        np.array(nbytes, dtype=np.int64),
+        sum(nbytes),
+    )
+
+
 def _space_part(
     layout: KVLayout, space: str, source: NDArray[np.int64], destination: NDArray[np.int64]
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -56,8 +79,6 @@ def _space_part(
     assert len(source) == len(destination), f"{len(source)} source pages for {len(destination)} destination pages"
     regions, item_bytes = layout.space_regions(space)
     count = len(source)
-    if count == 1:  # the aux row, and the pages of short chunks: nothing to merge
-        return regions, item_bytes * source[0], item_bytes * destination[0], item_bytes
     starts_run = np.ones(count, dtype=bool)
     starts_run[1:] = (np.diff(source) != 1) | (np.diff(destination) != 1)
     first = np.flatnonzero(starts_run)

@@ -65,6 +65,7 @@ class Driver:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._wire_errors = 0
+        self._deadlines_seen_ms = 0.0
 
     def attach(self, transport: Transport, rendezvous: Rendezvous) -> None:
         self._transport = transport
@@ -168,11 +169,14 @@ class Driver:
         for _ in range(len(inbox)):
             worked = True
             self._take(inbox.popleft())
-        with self.lock:
-            deadline = self.core.deadline()
-            # What has arrived comes before what ran out, but a stream that never ends must not stop the clock.
-            if deadline is not None and deadline + (DEADLINE_LATE_MS_MAX if worked else 0.0) <= now_ms():
-                self.apply(self.core.expire(now_ms()))
+        now = now_ms()
+        # What has arrived comes before what ran out, but a stream that never ends must not stop the clock.
+        if not worked or now >= self._deadlines_seen_ms + DEADLINE_LATE_MS_MAX:
+            self._deadlines_seen_ms = now
+            with self.lock:
+                deadline = self.core.deadline()
+                if deadline is not None and deadline <= now:
+                    self.apply(self.core.expire(now))
         effects = self._effects
         while effects:
             worked = True
