@@ -233,9 +233,26 @@ def test_rooms_are_registered_and_asked_in_batches(server: BootstrapServer) -> N
     largest = (1 << 63) - 1
     assert request(server, "POST", "/v1/rooms", {"rooms": {"1": 0, "2": 3, str(largest): 2}}) == (200, {"registered": 3})
     status, answer = request(server, "POST", "/v1/rooms/query", {"rooms": [2, 7, largest]})
+    serials = answer.pop("announcements")
     assert (status, answer) == (200, {"rooms": {"2": 3, str(largest): 2}, "dp_size": 4})
+    assert set(serials) == {"2", str(largest)}
+    assert 0 < serials["2"] != serials[str(largest)] > 0
     request(server, "POST", "/v1/rooms", {"rooms": {"2": 1}})  # retracted, and dispatched to another rank
     assert request(server, "POST", "/v1/rooms/query", {"rooms": [2]})[1]["rooms"] == {"2": 1}
+
+
+def test_each_announcement_has_another_serial(server: BootstrapServer) -> None:
+    def announced(at: BootstrapServer) -> int:
+        request(at, "POST", "/v1/rooms", {"rooms": {"7": 1}})
+        first, again = (request(at, "POST", "/v1/rooms/query", {"rooms": [7]})[1]["announcements"]["7"] for _ in range(2))
+        assert first == again  # it counts announcements, not questions
+        return int(first)
+
+    serials = [announced(server), announced(server)]  # the same rank, too: it opened the room again
+    with BootstrapServer("127.0.0.1") as restarted:
+        serials += [announced(restarted), announced(restarted)]
+    assert len(set(serials)) == 4
+    assert all(0 < serial < 1 << 53 for serial in serials)
 
 
 def test_rooms_grow_old(server: BootstrapServer, clock: Clock) -> None:
@@ -244,7 +261,8 @@ def test_rooms_grow_old(server: BootstrapServer, clock: Clock) -> None:
     request(server, "POST", "/v1/rooms", {"rooms": {"2": 1, "3": 0}})
     assert request(server, "POST", "/v1/rooms/query", {"rooms": [1]})[1]["rooms"] == {"1": 0}
     clock.now += 1
-    assert request(server, "POST", "/v1/rooms/query", {"rooms": [1, 2, 3]})[1] == {"rooms": {"2": 1, "3": 0}, "dp_size": None}
+    answer = request(server, "POST", "/v1/rooms/query", {"rooms": [1, 2, 3]})[1]
+    assert (answer["rooms"], answer["dp_size"], set(answer["announcements"])) == ({"2": 1, "3": 0}, None, {"2", "3"})
     assert request(server, "GET", "/v1/topology")[1]["rooms"] == 2
 
 

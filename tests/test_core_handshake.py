@@ -38,6 +38,7 @@ def silence(pair: Pair, side: Side, ms: float) -> None:
     [
         ((KV,), "prefill-0 has the components ['aux', 'kv'] and decode-0 ['kv']"),
         ((KV, AUX, AUX), "a component twice"),
+        ((AUX, KV), "prefill-0 has its components in the order ['kv', 'aux'] and decode-0 ['aux', 'kv']"),
         (
             (ComponentInfo("kv", "rows", "kv", 16, 1_000, (4_096, 4_096)), AUX),
             "component 'kv': kind is paged at prefill-0 and rows at decode-0",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from itertools import permutations
 
+import msgspec
 import pytest
 
 from pd_fsm.core import events as ev
 from pd_fsm.core import wire
+from pd_fsm.core.ledger import Room
 from pd_fsm.core.settings import Deadlines, Limits
 from pd_fsm.errors import LocalProtocolError
 from pd_fsm.machines import Phase
@@ -202,6 +204,83 @@ def test_opening_the_room_again_ends_its_tombstone(pair: Pair) -> None:
     pair.receive(7)
     pair.deliver()
     assert pair.p.phase(7) is pair.d.phase(7) is Phase.WAITING_FOR_INPUT
+
+
+# --- which announcement a room is bound by -----------------------------------------------------------------------------------
+
+
+def look_up(pair: Pair, announcement: int) -> Room:
+    """Open room 7 on decode, or ask again for it, and answer that one of two data-parallel ranks announced it."""
+    if 7 not in pair.d.core.registry.by_room:
+        pair.d.step(ev.OpenReceive(7, pages(10, 11), 3, 0, "http://data-parallel"))
+    room, record = pair.d.room(7), msgspec.structs.replace(pair.record(), dp_size=2)
+    pair.d.step(ev.PeersFound(room.generation, (record,), announcement))
+    return room
+
+
+def end(pair: Pair, room: Room) -> None:
+    pair.d.abort(room, "retracted")
+    pair.deliver()
+    pair.d.clear(room)
+
+
+def test_a_room_is_not_bound_again_by_the_announcement_of_one_that_failed(pair: Pair) -> None:
+    pair.send(7)
+    first = look_up(pair, 5)
+    pair.deliver()
+    end(pair, first)
+    assert pair.p.phase(7) is Phase.FAILED
+    second = look_up(pair, 5)
+    assert not second.links
+    why = "no prefill rank was found: the rendezvous still names the rank of the attempt that failed: prefill-0"
+    assert pair.d.core.describe()["rooms"][0]["waits_for"] == f"BOOTSTRAPPING: {why}"
+    end(pair, second)  # it was never bound, and the announcement is no fresher for that
+    third = look_up(pair, 5)
+    pair.advance(pair.deadlines.bootstrap_ms - 1)
+    assert not look_up(pair, 5).links
+    assert third.live
+    look_up(pair, 6)
+    assert third.state is Phase.WAITING_FOR_INPUT
+
+
+def test_an_announcement_stays_good_if_prefill_was_not_told_of_the_attempt_that_failed() -> None:
+    pair = Pair()
+    pair.send(7)
+    first = look_up(pair, 5)
+    pair.deliver(lose=(wire.Welcome,))
+    assert first.announcement == 5
+    assert first.state is Phase.BOOTSTRAPPING
+    end(pair, first)
+    assert not pair.d.sent(wire.Offer)
+    assert look_up(pair, 5).announcement == 5
+    pair.advance(5_000)
+    assert pair.p.phase(7) is pair.d.phase(7) is Phase.WAITING_FOR_INPUT
+
+
+def test_only_an_attempt_that_failed_makes_its_announcement_outdated(pair: Pair) -> None:
+    sending = pair.send(7)
+    first = look_up(pair, 5)
+    pair.deliver()
+    pair.chunk(7, 0, 32, (1, 2), last=True, aux_row=0)
+    pair.finish()
+    pair.deliver()
+    assert sending.state is first.state is Phase.SUCCESS
+    pair.d.clear(first)
+    assert look_up(pair, 5).announcement == 5
+
+
+def test_what_is_outdated_is_forgotten_with_the_tombstone() -> None:
+    pair = met(Deadlines(tombstone_ms=1_000))
+    pair.send(7)
+    first = look_up(pair, 5)
+    pair.deliver()
+    end(pair, first)
+    pair.advance(1_000)
+    assert look_up(pair, 5).announcement == 5
+    unknown = pair.d.room(7)
+    pair.deliver()
+    end(pair, unknown)
+    assert look_up(pair, 0).links, "a rendezvous that gives no serials is taken at its word"
 
 
 # --- a generation concludes once ---------------------------------------------------------------------------------------------

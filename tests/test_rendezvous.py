@@ -291,11 +291,44 @@ def test_a_room_leads_to_the_rank_that_announced_it(server: BootstrapServer, con
         assert decode.ask_until_found(room=room, dp_rank=None).records == (ranks[room % 2],)
 
 
+def test_a_room_that_is_announced_again_has_another_serial(server: BootstrapServer, connect: Callable[..., Session]) -> None:
+    prefill, decode = connect(server.url), connect(server.url)
+    prefill.client.register(PeerRecord(b"1" * 16, "tcp://127.0.0.1:5001", dp_size=2))
+    prefill.client.announce(7, 0)
+    first = decode.ask_until_found(dp_rank=None).announcement
+    assert first > 0
+    assert decode.ask_until_found(dp_rank=None).announcement == first
+    assert decode.ask_until_found(dp_rank=0).announcement == 0  # not asked for by its number
+    prefill.client.announce(7, 0)
+    eventually(lambda: decode.ask_until_found(dp_rank=None).announcement not in (0, first))
+
+
+def test_a_room_that_is_announced_again_meanwhile_is_sent_again(connect: Callable[..., Session]) -> None:
+    sent, answer_now = threading.Event(), threading.Event()
+
+    def late(_: bytes) -> bytes:
+        sent.set()
+        assert answer_now.wait(PATIENCE_S)
+        return reply({"registered": 1})
+
+    with Impostor(late) as server:
+        session = connect(server.url, timeout_ms=20_000)
+        session.client.announce(7, 0)
+        assert sent.wait(PATIENCE_S)
+        session.client.announce(7, 0)  # it was retracted, and this rank opened it again
+        answer_now.set()
+        eventually(lambda: len(server.requests) == 2)
+        eventually(lambda: not session.client._unsent)  # type: ignore[attr-defined]
+
+
 def test_rooms_need_no_announcement_without_data_parallelism(server: BootstrapServer, connect: Callable[..., Session]) -> None:
     session = connect(server.url)
     session.client.register(ONE)
     session.ask_until_found()
     assert session.ask(2, room=12_345, dp_rank=None) == PeersFound(2, (ONE,))
+    session.client.announce(12_345, 0)
+    eventually(lambda: bool(get(server, "/v1/topology")["rooms"] == 1))
+    assert session.ask(3, room=12_345, dp_rank=None) == PeersFound(3, (ONE,))  # and so does not depend on which one there was
 
 
 def test_concurrent_lookups_share_requests(server: BootstrapServer, connect: Callable[..., Session]) -> None:
@@ -632,7 +665,17 @@ def test_local_rooms() -> None:
         session.client.register(rank)
     assert session.ask(dp_rank=None) == LookupFailed(1, "room 7 is not registered yet with any data-parallel rank")
     session.client.announce(7, 1)
-    assert session.ask(dp_rank=None) == PeersFound(1, (ranks[1],))
+    found = session.ask(dp_rank=None)
+    assert isinstance(found, PeersFound)
+    assert found.records == (ranks[1],)
+    assert found.announcement > 0
+    assert session.ask(dp_rank=None) == found
+    assert session.ask(dp_rank=1) == PeersFound(1, (ranks[1],))  # not asked for by its number
+    session.client.announce(7, 1)  # opened again, by the same rank
+    again = session.ask(dp_rank=None)
+    assert isinstance(again, PeersFound)
+    assert again.records == found.records
+    assert again.announcement not in (0, found.announcement)
 
 
 def test_local_addresses_are_kept_apart() -> None:

@@ -156,8 +156,11 @@ class PeerOverflowed(msgspec.Struct, frozen=True):
 
 
 class PeersFound(msgspec.Struct, frozen=True):
+    """`announcement`: the serial of the one that led to these ranks, 0 when it is not known or they were not found by room."""
+
     query: int
     records: tuple[PeerRecord, ...]
+    announcement: int = 0
 
 
 class LookupFailed(msgspec.Struct, frozen=True):

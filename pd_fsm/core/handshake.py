@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pd_fsm.core.session import SessionCore
 
 
-def writers_for(session: SessionCore, records: tuple[ev.PeerRecord, ...]) -> list[ev.PeerRecord]:
+def writers_for(session: SessionCore, records: tuple[ev.PeerRecord, ...]) -> tuple[ev.PeerRecord, ...]:
     """The prefill ranks that write to this decode rank. Raises ValueError that names both sides' values."""
     mine = session.identity.topology
     for record in records:
@@ -31,7 +31,7 @@ def writers_for(session: SessionCore, records: tuple[ev.PeerRecord, ...]) -> lis
     same = [r for r in records if (r.tp_rank, r.pp_rank, r.cp_rank) == (mine.tp_rank, mine.pp_rank, mine.cp_rank)]
     if not same:
         raise ValueError(f"no prefill rank matches tp_rank={mine.tp_rank}, pp_rank={mine.pp_rank}, cp_rank={mine.cp_rank}")
-    return list({record.incarnation: record for record in same}.values())  # a rank that is listed twice is one writer
+    return tuple({record.incarnation: record for record in same}.values())  # a rank that is listed twice is one writer
 
 
 def meet(session: SessionCore, record: ev.PeerRecord) -> Peer | None:
@@ -75,6 +75,8 @@ def misfit(session: SessionCore, theirs: wire.Greeting) -> str:
         return f"{theirs.name} names a component twice: {sorted(c.name for c in theirs.components)}"
     if set(ours_by_name) != set(theirs_by_name):
         return f"{mine.name} has the components {sorted(ours_by_name)} and {theirs.name} {sorted(theirs_by_name)}"
+    if list(ours_by_name) != list(theirs_by_name):  # regions are numbered in this order, on both sides
+        return f"{mine.name} has its components in the order {list(ours_by_name)} and {theirs.name} {list(theirs_by_name)}"
     for name, ours in ours_by_name.items():
         other = theirs_by_name[name]
         for field in ("kind", "space", "page_size", "item_bytes"):

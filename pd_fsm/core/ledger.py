@@ -78,6 +78,8 @@ class Room:
     lease: Lease = attrs.field(factory=Lease)
     tokens_computed: int | None = None  # receiver: prefill holds the whole prompt and waits for pages
     lookup_reason: str = ""  # receiver: why the last lookup failed
+    announcement: int = 0  # receiver: by which prefill rank's announcement of the room it was bound, 0 if by none
+    outdated: int = 0  # receiver: the announcement of an earlier attempt, whose room at prefill is over
 
     @property
     def live(self) -> bool:
@@ -89,6 +91,12 @@ class Room:
             total = len(self.chunks)
             return self.closed and all(len(link.chunks_confirmed) == total for link in self.links.values())
         return bool(self.links) and all(link.complete for link in self.links.values())
+
+    def outdated_announcement(self) -> int:
+        """Receiver: the announcement by which a next attempt must not be bound, 0 if there is none. Prefill's room ended with ours
+        if it was told of ours; before that, the announcement is still good."""
+        told = self.failure is not None and any(link.announced for link in self.links.values())
+        return self.announcement if told and self.announcement else self.outdated
 
     def decode_prefix_len(self) -> int | None:
         """Tokens that every reader already has; None until all have offered."""

@@ -36,15 +36,16 @@ def on_open(session: SessionCore, event: ev.OpenReceive) -> None:
         check_grant(session, event.room, event.pages, event.aux_row, event.decode_prefix_len)
     _check_tokens(event.room, event.tokens)
     registry = session.registry
+    outdated = registry.outdated(event.room)
     cancelled = registry.cancelled(event.room)
-    room = Room(event.room, registry.mint(), sends=False, opened_ms=session.now_ms, request=event)
+    room = Room(event.room, registry.mint(), sends=False, opened_ms=session.now_ms, request=event, outdated=outdated)
     session.open(room, session.deadlines.bootstrap_ms)
     if cancelled is not None:
         session.fail(room, cancelled)
         return
-    known = session.directory.get((event.address, event.dp_rank))
-    if known is not None:
-        _bind(session, room, known)
+    writers = session.directory.get((event.address, event.dp_rank))
+    if writers is not None:
+        _bind(session, room, writers)
     else:
         session.repeat("lookup", b"", room.generation, None)
         look_up(session, room.generation)
@@ -117,6 +118,10 @@ def on_peers_found(session: SessionCore, event: ev.PeersFound) -> None:
     if room is None or room.sends or room.state is not Phase.BOOTSTRAPPING or room.links:
         session.counts["late.peers_found"] += 1
         return
+    if event.announcement and event.announcement == room.outdated:  # whoever serves the next attempt will announce it
+        names = ", ".join(record.name for record in event.records)
+        room.lookup_reason = f"the rendezvous still names the rank of the attempt that failed: {names}"
+        return
     gone = [record for record in event.records if session.absent.get(record.incarnation) == record.endpoint]
     if gone:  # the rendezvous still lists a process that is gone; its successor will register
         room.lookup_reason = f"the rendezvous still lists {gone[0].name}, which is gone"
@@ -126,7 +131,17 @@ def on_peers_found(session: SessionCore, event: ev.PeersFound) -> None:
         room.lookup_reason = f"{draining[0].name} takes no new rooms: it is being drained"
         return
     session.answered("lookup", b"", room.generation)
-    _bind(session, room, event.records)
+    room.announcement = event.announcement
+    try:
+        writers = handshake.writers_for(session, event.records)
+    except ValueError as error:
+        session.fail(room, ev.Failure("peer_refused", str(error)))
+        return
+    request = room.request
+    assert request is not None
+    if request.dp_rank is not None or writers[0].dp_size == 1:  # otherwise another room may be served elsewhere
+        session.directory[request.address, request.dp_rank] = writers
+    _bind(session, room, writers)
 
 
 def on_lookup_failed(session: SessionCore, event: ev.LookupFailed) -> None:
@@ -135,13 +150,7 @@ def on_lookup_failed(session: SessionCore, event: ev.LookupFailed) -> None:
         room.lookup_reason = event.reason
 
 
-def _bind(session: SessionCore, room: Room, records: tuple[ev.PeerRecord, ...]) -> None:
-    try:
-        writers = handshake.writers_for(session, records)
-    except ValueError as error:
-        session.fail(room, ev.Failure("peer_refused", str(error)))
-        return
-    assert room.request is not None
+def _bind(session: SessionCore, room: Room, writers: tuple[ev.PeerRecord, ...]) -> None:
     for record in writers:
         peer = handshake.meet(session, record)
         if peer is None:
@@ -152,8 +161,6 @@ def _bind(session: SessionCore, room: Room, records: tuple[ev.PeerRecord, ...]) 
         room.links[peer.incarnation] = link
         session.links[peer.incarnation, room.generation] = link
         peer.links.add(link)
-    if room.request.dp_rank is not None or records[0].dp_size == 1:  # otherwise another room may be served elsewhere
-        session.directory[room.request.address, room.request.dp_rank] = records
     peer_ready(session, room)
 
 

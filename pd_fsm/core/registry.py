@@ -20,7 +20,8 @@ from pd_fsm.core.wire import Offer
 class Tombstone:
     """The verdict of a cleared room. `unmet` readers of a sending one have not offered, so they do not know it yet.
 
-    `cancelled`: the room was given up by its number before it was opened here, and its next open fails at once.
+    `cancelled`: the room was given up by its number before it was opened here, and its next open fails at once. `outdated`: the
+    rendezvous' announcement of the room at prefill that failed with a receiving one; its next open waits for another.
     """
 
     room: int
@@ -28,6 +29,7 @@ class Tombstone:
     unmet: int
     expires_ms: float
     cancelled: bool = False
+    outdated: int = 0
 
 
 class Registry:
@@ -62,7 +64,8 @@ class Registry:
     def bury(self, room: Room, now_ms: float) -> None:
         """Leave a tombstone: it answers readers that register late, and tells a late cancel from an early one."""
         unmet = room.readers - len(room.links) - room.refused
-        self._entomb(Tombstone(room.room, room.failure, unmet, now_ms + self._deadlines.tombstone_ms))
+        expires_ms = now_ms + self._deadlines.tombstone_ms
+        self._entomb(Tombstone(room.room, room.failure, unmet, expires_ms, outdated=room.outdated_announcement()))
 
     def cancel(self, room: int, failure: Failure, now_ms: float) -> None:
         """Remember that a room that is not open here was given up."""
@@ -72,6 +75,11 @@ class Registry:
         """Whether a room was cleared not long ago, and no peer waits for another life of it."""
         tombstone = self.tombstones.get(room)
         return tombstone is not None and not tombstone.cancelled and room not in self._early_rooms
+
+    def outdated(self, room: int) -> int:
+        """The announcement by which the next life of a room that was cleared not long ago must not be bound, 0 if there is none."""
+        tombstone = self.tombstones.get(room)
+        return tombstone.outdated if tombstone is not None else 0
 
     def cancelled(self, room: int) -> Failure | None:
         """Take a room's tombstone away because it is opened; its failure if it had been cancelled before."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _ALL_KNOWN = ROOM.fact["all_peers_known"]
 _ALL_CONFIRMED = ROOM.fact["all_confirmed"]
+_WAITING_FOR_INPUT = Phase.WAITING_FOR_INPUT
+_TAKES_CHUNKS = (Phase.WAITING_FOR_INPUT, Phase.TRANSFERRING)
 
 
 # --- the local engine --------------------------------------------------------------------------------------------------------
@@ -129,9 +131,10 @@ def _offer_again(session: SessionCore, peer: Peer, offer: wire.Offer, link: Link
     if offer.pages and not link.offer.pages:
         session.answered("computed", peer.incarnation, offer.generation)
         link.offer = offer
-        if _accept(session, peer, link):
+        if _fits(session, peer, link):
             session.progressed(link.room)
             pump(session, link.room)
+            _accept(session, link)
     else:
         session.emit(ev.Send(peer.incarnation, wire.Accepted(offer.room, offer.generation)))
 
@@ -155,20 +158,27 @@ def _bind(session: SessionCore, peer: Peer, offer: wire.Offer, room: Room) -> No
     room.links[peer.incarnation] = link
     session.links[peer.incarnation, offer.generation] = link
     peer.links.add(link)
-    if _accept(session, peer, link):
+    if _fits(session, peer, link):
         session.room_move(room, "peer_ready", _ALL_KNOWN if len(room.links) == room.readers else 0)
         pump(session, room)
+        _accept(session, link)
 
 
-def _accept(session: SessionCore, peer: Peer, link: Link) -> bool:
-    """Check a link's offer and say that it is held. A grant that cannot be fails the room."""
+def _accept(session: SessionCore, link: Link) -> None:
+    """Say that the offer is held, unless bytes are on their way already: they say so as well, and each message costs a round of
+    both sides' loops. Should they take long, the repeated offer is answered."""
+    if link.room.live and not link.ops:
+        session.emit(ev.Send(link.peer, wire.Accepted(link.room.room, link.generation)))
+
+
+def _fits(session: SessionCore, peer: Peer, link: Link) -> bool:
+    """Check a link's offer. A grant that cannot be fails the room."""
     assert link.offer is not None, "a sender's link exists by its offer"
     try:
         _check_offer(peer, link.offer)
     except WireError as error:
         session.fail(link.room, ev.Failure("protocol", f"offer of {peer.name}: {error}", peer.name))
         return False
-    session.emit(ev.Send(peer.incarnation, wire.Accepted(link.room.room, link.generation)))
     return True
 
 
@@ -214,7 +224,7 @@ def _refuse(session: SessionCore, peer: Peer, offer: wire.Offer, failure: ev.Fai
 
 def pump(session: SessionCore, room: Room) -> None:
     """Submit every chunk that was handed in, once all readers are known."""
-    if room.chunks_submitted == len(room.chunks) or room.state not in (Phase.WAITING_FOR_INPUT, Phase.TRANSFERRING):
+    if room.chunks_submitted == len(room.chunks) or room.state not in _TAKES_CHUNKS:
         return
     ungranted = [link for link in room.links.values() if link.offer is not None and not link.offer.pages]
     if ungranted:
@@ -223,7 +233,7 @@ def pump(session: SessionCore, room: Room) -> None:
                 computed = wire.Computed(room.room, link.generation, room.chunks[-1].end)
                 session.repeat("computed", link.peer, link.generation, computed)
         return
-    if room.state is Phase.WAITING_FOR_INPUT:
+    if room.state is _WAITING_FOR_INPUT:
         session.room_move(room, "start")
     while room.chunks_submitted < len(room.chunks):
         index = room.chunks_submitted

@@ -73,6 +73,9 @@ _ROOM_EVENT = ROOM.event
 _FAIL = ROOM.event["fail"]
 _CONCLUDE, _SETTLED, _UNKNOWN, _EXPOSE = (LEASE.event[e] for e in ("conclude", "settled", "unknown", "expose"))
 _NO_HOLDER = LEASE.fact["no_holder"]
+# An attribute of an enum costs more than a step of a table (before Python 3.12), so the hot paths name its members here.
+_WAITING_FOR_INPUT, _TRANSFERRING, _SUCCESS = Phase.WAITING_FOR_INPUT, Phase.TRANSFERRING, Phase.SUCCESS
+_REVOKING, _QUIESCED = LeaseState.REVOKING, LeaseState.QUIESCED
 FORGOTTEN_SPENT_MAX = 1 << 18
 """Spent generations kept one by one of all peers without a record together; beyond it the oldest peers keep only a floor."""
 
@@ -92,7 +95,7 @@ class SessionCore:
         self.links: dict[tuple[bytes, int], Link] = {}  # (peer, decode's generation); outlives the room while something is owed
         self.ops: dict[int, Op] = {}
         self.leases: dict[int, Room] = {}  # by local generation: exposed memory that is not proven free yet
-        self.directory: dict[tuple[str, int | None], tuple[ev.PeerRecord, ...]] = {}  # (address, dp_rank) -> ranks
+        self.directory: dict[tuple[str, int | None], tuple[ev.PeerRecord, ...]] = {}  # (address, dp_rank) -> this rank's writers
         self.absent: dict[bytes, str] = {}  # incarnations that are not at this endpoint (any more), oldest first
         self.forgotten: dict[bytes, tuple[set[int], int]] = {}  # peers without a record: what they spent, and a floor; oldest first
         self.spaces = spaces(identity.components)
@@ -142,8 +145,10 @@ class SessionCore:
     def move(self, table: Table, subject: Room | Lease | Peer, event: int, facts: int = 0, room: Room | None = None) -> Row | None:
         """Step one machine. Returns the row taken, or None for a late event, which is counted."""
         before = subject.state
-        row = table.row(before, event, facts)
-        if row is None:
+        for row in table.cells[before * table.width + event]:  # `Table.row`, without the call
+            if facts & row.care == row.want:
+                break
+        else:
             why = table.why_late(before, event)
             assert why is not None, f"{table.name}: {table.events[event]} in {before!r} is neither a row nor late"
             self.counts[f"late.{table.name}.{table.events[event]}"] += 1
@@ -200,7 +205,7 @@ class SessionCore:
 
     def progressed(self, room: Room) -> None:
         """The transfer of `room` made progress: its deadline starts anew."""
-        if room.state is Phase.TRANSFERRING:
+        if room.state is _TRANSFERRING:
             room.deadline_ms = self.now_ms + self.deadlines.transfer_ms
 
     def fail(self, room: Room, failure: ev.Failure) -> bool:
@@ -222,12 +227,12 @@ class SessionCore:
     def _entered(self, room: Room) -> None:
         """`room` entered a phase by a row: publish it and start the clock of that phase."""
         self.publish(room)
-        if room.state is Phase.WAITING_FOR_INPUT:
+        if room.state is _WAITING_FOR_INPUT:
             if room.sends:  # decode's clock goes on until prefill has opened the room, too
                 self.rearm(room, self.deadlines.waiting_ms)
-        elif room.state is Phase.TRANSFERRING:
+        elif room.state is _TRANSFERRING:
             self.rearm(room, self.deadlines.transfer_ms)
-        elif room.state is Phase.SUCCESS:
+        elif room.state is _SUCCESS:
             self.counts["succeeded"] += 1
             if room.sends:
                 sender.succeeded(self, room)
@@ -262,7 +267,7 @@ class SessionCore:
 
     def conclude_lease(self, room: Room) -> None:
         self.move(LEASE, room.lease, _CONCLUDE, 0 if room.lease.holders else _NO_HOLDER, room)
-        if room.lease.state is LeaseState.REVOKING:
+        if room.lease.state is _REVOKING:
             self.timers.arm(self.now_ms + self.deadlines.drain_ms, ("drain", b"", room.generation))
         self._release_if_quiet(room)
 
@@ -278,7 +283,7 @@ class SessionCore:
             shut_down(self, f"the memory of {count} rooms is in doubt (Limits.quarantined_rooms_max), and the policy is fail_stop")
 
     def _release_if_quiet(self, room: Room) -> None:
-        if room.lease.state is LeaseState.QUIESCED:
+        if room.lease.state is _QUIESCED:
             assert not room.lease.holders, "released memory has a holder"
             self.leases.pop(room.generation, None)
             self.quarantined.pop(room.generation, None)

@@ -43,7 +43,7 @@ class Row:
 class Table:
     """A compiled machine. Immutable, shared by every subject of its kind, safe to use from any thread.
 
-    `cells[state * len(events) + event]` holds the rows of that pair. States are the integers of `states`; events and
+    `cells[state * width + event]` holds the rows of that pair. States are the integers of `states`; events and
     facts are numbered in order of declaration (`event["start"]`, `fact["all_confirmed"]`). `facts` says what each fact means.
     """
 
@@ -53,6 +53,7 @@ class Table:
     terminal: tuple[int, ...]
     events: tuple[str, ...]
     facts: Mapping[str, str]
+    width: int
     cells: tuple[tuple[Row, ...], ...]
     late: Mapping[tuple[int, int], str]
     event: Mapping[str, int]
@@ -61,7 +62,7 @@ class Table:
 
     def row(self, state: int, event: int, facts: int = 0) -> Row | None:
         """The row that fires, or None when there is none: then `why_late` tells noise from a mistake."""
-        for row in self.cells[state * len(self.events) + event]:
+        for row in self.cells[state * self.width + event]:
             if facts & row.care == row.want:
                 return row
         return None
@@ -130,6 +131,7 @@ def compile_machine(
         terminal=tuple(terminal),
         events=events,
         facts=dict(facts),
+        width=len(events),
         cells=tuple(cells),
         late=_expand_late(name, states, late, event_number),
         event=event_number,

@@ -8,11 +8,12 @@ pd-fsm's API, JSON both ways, errors as {"error": text}:
     GET    /v1/peers?dp_rank=N                                         -> {"peers", "complete", "why", "generation", "server"}
     GET    /v1/topology                                                -> sizes (null while empty), counts, "complete", "generation"
     POST   /v1/rooms          {"rooms": {room: dp_rank}}               -> {"registered"}
-    POST   /v1/rooms/query    {"rooms": [room]}                        -> {"rooms": {room: dp_rank}, "dp_size"}
+    POST   /v1/rooms/query    {"rooms": [room]}      -> {"rooms": {room: dp_rank}, "announcements": {room: serial}, "dp_size"}
     GET    /health                                                     -> OK
 
 The incarnation of a record is base64. Without a "lease" in the PUT the server makes one up. `server` is new at each start, which
-tells an empty restart from a lapsed lease; `generation` counts the changes of the table of peers.
+tells an empty restart from a lapsed lease; `generation` counts the changes of the table of peers. Each announcement of a room
+has another serial: by it a room that is opened again knows the announcement of its earlier life.
 
 SGLang's routes (`/route`, `/register_dp_rank`, `/query_dp_ranks`; interface of SGLang 0.5.23, class CommonKVBootstrapServer in
 sglang/srt/disaggregation/common/conn.py) are answered as its own server does, with three differences: a rank that registers
@@ -40,6 +41,7 @@ REASON_CHARS_MAX = 512  # of an error that may quote the request
 
 Rank: TypeAlias = Annotated[int, Meta(ge=0, lt=RANKS_MAX)]
 Size: TypeAlias = Annotated[int, Meta(ge=1, le=RANKS_MAX)]
+Serial: TypeAlias = Annotated[int, Meta(ge=1, lt=1 << 53)]
 Lease: TypeAlias = Annotated[str, Meta(pattern="^[0-9A-Za-z_-]{16,128}$")]
 Reply: TypeAlias = "tuple[int, str | Mapping[str, Any]]"
 """Status and body; a str is answered as text, a mapping as JSON."""
@@ -215,7 +217,9 @@ def _post_rooms(state: State, call: Call) -> Reply:
 
 
 def _query_rooms(state: State, call: Call) -> Reply:
-    return 200, {"rooms": state.rooms.find(_decode(call, _RoomQuery).rooms), "dp_size": state.peers.dp_size()}
+    rooms = _decode(call, _RoomQuery).rooms
+    found, serials = state.rooms.find(rooms), state.rooms.serials(rooms)
+    return 200, {"rooms": found, "announcements": serials, "dp_size": state.peers.dp_size()}
 
 
 def _health(_state: State, _: Call) -> Reply:

@@ -17,6 +17,7 @@ import hmac
 import ipaddress
 import itertools
 import math
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
@@ -136,11 +137,18 @@ class PeerTable:
 
 class RoomTable:
     """room -> dp_rank as its prefill rank announced it; bounded in number and age. A later announcement replaces an earlier
-    one: a room that is retracted and dispatched again may be served by another rank."""
+    one: a room that is retracted and dispatched again may be served by another rank.
+
+    Each announcement has a serial, by which decode knows one that led it to a room that is over. Serials begin anywhere, so that
+    those of a restarted server differ. An announcement made again, because its answer or the server was lost, or by another rank
+    of the same data-parallel rank, has a new serial: decode may then follow it once more to an owner that has ended, and learns of
+    that by its deadline only.
+    """
 
     def __init__(self, clock_ms: Callable[[], float]) -> None:
         self._clock_ms = clock_ms
-        self._rooms: OrderedDict[int, tuple[int, float]] = OrderedDict()  # oldest first
+        self._rooms: OrderedDict[int, tuple[int, int, float]] = OrderedDict()  # (dp_rank, serial, since when), oldest first
+        self._serial = secrets.randbits(52)  # below 2**53 for good, where any JSON reader is exact
 
     def __len__(self) -> int:
         self._expire()
@@ -149,7 +157,8 @@ class RoomTable:
     def announce(self, rooms: Mapping[int, int]) -> None:
         now = self._expire()
         for room, dp_rank in rooms.items():
-            self._rooms[room] = (dp_rank, now)
+            self._serial += 1
+            self._rooms[room] = (dp_rank, self._serial, now)
             self._rooms.move_to_end(room)
         while len(self._rooms) > ROOMS_MAX:
             self._rooms.popitem(last=False)
@@ -159,10 +168,15 @@ class RoomTable:
         self._expire()
         return {room: self._rooms[room][0] for room in rooms if room in self._rooms}
 
+    def serials(self, rooms: Iterable[int]) -> dict[int, int]:
+        """The serial, from 1, of the announcement of each of `rooms` that is known."""
+        self._expire()
+        return {room: self._rooms[room][1] for room in rooms if room in self._rooms}
+
     def _expire(self) -> float:
         now = self._clock_ms()
         while self._rooms:
-            room, (_, since_ms) = next(iter(self._rooms.items()))
+            room, (_, _, since_ms) = next(iter(self._rooms.items()))
             if now - since_ms <= ROOM_AGE_MS_MAX:
                 break
             del self._rooms[room]

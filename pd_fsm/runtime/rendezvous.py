@@ -35,7 +35,8 @@ class Rendezvous(Protocol):
 
     def lookup(self, query: int, address: str, room: int, dp_rank: int | None) -> None:
         """Find all ranks of a prefill data-parallel rank; with None, of the one that serves `room`. `address` is where to ask,
-        "" the rendezvous' own. Answered by exactly one PeersFound(query) or LookupFailed(query)."""
+        "" the rendezvous' own. Answered by exactly one PeersFound(query), with the serial of the room's announcement if that was
+        asked for, or LookupFailed(query)."""
 
     def close(self, timeout_s: float = 1.0) -> None:
         """Take this rank out, answer what is open with LookupFailed, and end; idempotent."""
@@ -82,13 +83,16 @@ class LocalRendezvous:
             if address not in self._tables:
                 return LookupFailed(query, f"nobody registered at {address!r}")
             peers, rooms = self._tables[address]
-            if dp_rank is None:
-                dp_rank = 0 if peers.dp_size() == 1 else rooms.find([room]).get(room)
+            announcement = 0
+            if dp_rank is None and peers.dp_size() == 1:
+                dp_rank = 0
+            elif dp_rank is None:
+                dp_rank, announcement = rooms.find([room]).get(room), rooms.serials([room]).get(room, 0)
             if dp_rank is None:
                 return LookupFailed(query, f"room {room} is not registered yet with any data-parallel rank")
             records = peers.group(dp_rank)
         missing = why_incomplete(records, dp_rank)
-        return PeersFound(query, tuple(records)) if missing is None else LookupFailed(query, missing)
+        return PeersFound(query, tuple(records), announcement) if missing is None else LookupFailed(query, missing)
 
     def _at(self, address: str) -> tuple[PeerTable, RoomTable]:
         if address not in self._tables:

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any, TypeAlias, TypeVar
 
+import attrs
 import msgspec
 from msgspec import Meta
 
@@ -25,7 +26,7 @@ from pd_fsm.core.events import LookupFailed, PeerRecord, PeersFound, Registratio
 from pd_fsm.core.wire import Room
 from pd_fsm.errors import LocalProtocolError
 from pd_fsm.runtime.bootstrap_client import BootstrapClient, NoAnswer, base_url
-from pd_fsm.runtime.bootstrap_routes import ROOMS_PER_REQUEST_MAX, Rank, Size
+from pd_fsm.runtime.bootstrap_routes import ROOMS_PER_REQUEST_MAX, Rank, Serial, Size
 from pd_fsm.runtime.peer_table import PEERS_MAX, Slot, check_record, sizes_of, slot_of, why_incomplete
 
 TIMEOUT_MS = 2_000
@@ -49,9 +50,20 @@ class _Peers(msgspec.Struct):
 class _Rooms(msgspec.Struct):
     rooms: Annotated[dict[Room, Rank], Meta(max_length=ROOMS_PER_REQUEST_MAX)]
     dp_size: Size | None
+    announcements: Annotated[dict[Room, Serial], Meta(max_length=ROOMS_PER_REQUEST_MAX)] = {}
+
+
+@attrs.frozen(eq=False)
+class _Announcement:
+    """That a room was opened here. No two are equal: one that is made again while it is being sent is sent once more, because the
+    server must count it."""
+
+    dp_rank: int
 
 
 Records: TypeAlias = tuple[PeerRecord, ...]
+Owner: TypeAlias = tuple[int, int]
+"""The dp_rank that serves a room, and the serial of the announcement that says so, 0 when none was needed."""
 Emit: TypeAlias = Callable[[PeersFound | LookupFailed | RegistrationFailed], None]
 T = TypeVar("T")
 
@@ -71,16 +83,16 @@ class HttpRendezvous:
         self._lock = threading.Lock()  # guards the next four, which callers touch
         self._closed = False
         self._open: set[int] = set()  # queries that are not answered yet
-        self._unsent: OrderedDict[int, int] = OrderedDict()  # room -> dp_rank
+        self._unsent: OrderedDict[int, _Announcement] = OrderedDict()  # by room
         self._dropped = 0  # announcements lost to ANNOUNCED_MAX since the last report
         # The rest belongs to the thread.
         self._stop, self._announce_wanted = asyncio.Event(), asyncio.Event()
-        self._announced: OrderedDict[int, int] = OrderedDict()
+        self._announced: OrderedDict[int, _Announcement] = OrderedDict()
         self._server = ""
         self._reported: dict[object, str] = {}
         self._registrations: dict[Slot, tuple[str, asyncio.Task[None]]] = {}  # its lease, and who keeps it
         self._groups: dict[tuple[str, int], asyncio.Task[Records]] = {}  # requests in flight, shared by their lookups
-        self._asking: dict[str, list[tuple[int, asyncio.Future[int]]]] = {}  # by address: rooms to ask for
+        self._asking: dict[str, list[tuple[int, asyncio.Future[Owner]]]] = {}  # by address: rooms to ask for
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -111,7 +123,7 @@ class HttpRendezvous:
             if room not in self._unsent and len(self._unsent) >= ANNOUNCED_MAX:
                 self._unsent.popitem(last=False)
                 self._dropped += 1
-            self._unsent[room] = dp_rank
+            self._unsent[room] = _Announcement(dp_rank)
 
     def lookup(self, query: int, address: str, room: int, dp_rank: int | None) -> None:
         with self._lock:
@@ -226,7 +238,8 @@ class HttpRendezvous:
                     continue
             refused = False
             try:
-                await self._http.ask("POST", self.url, "/v1/rooms", dict, {"rooms": batch})
+                rooms = {room: announcement.dp_rank for room, announcement in batch.items()}
+                await self._http.ask("POST", self.url, "/v1/rooms", dict, {"rooms": rooms})
                 failures, reason = 0, ""
             except NoAnswer as error:
                 failures, reason = failures + 1, f"rooms are not announced: {error}"
@@ -240,8 +253,8 @@ class HttpRendezvous:
                 await asyncio.sleep(_backoff_ms(failures) / 1000)
                 continue
             with self._lock:
-                for room, dp_rank in batch.items():
-                    if self._unsent.get(room) == dp_rank:  # else it was announced again meanwhile
+                for room, announcement in batch.items():
+                    if self._unsent.get(room) is announcement:  # else it was announced again meanwhile
                         del self._unsent[room]
             self._announced.update({} if refused else batch)
             while len(self._announced) > ANNOUNCED_MAX:
@@ -263,11 +276,11 @@ class HttpRendezvous:
         timer = self._loop.call_later(self._http.timeout_ms / 1000, task.cancel)
         task.add_done_callback(lambda _: self._end_lookup(query, address, task, timer))
 
-    def _end_lookup(self, query: int, address: str, task: asyncio.Task[Records], timer: asyncio.TimerHandle) -> None:
+    def _end_lookup(self, query: int, address: str, task: asyncio.Task[tuple[Records, int]], timer: asyncio.TimerHandle) -> None:
         """Every lookup ends here, whichever way: this is where it gets its one answer."""
         timer.cancel()
         if not task.cancelled() and task.exception() is None:
-            self._answer(PeersFound(query, task.result()))
+            self._answer(PeersFound(query, *task.result()))
         elif not task.cancelled():
             self._answer(LookupFailed(query, str(task.exception())))
         elif self._stop.is_set():
@@ -280,15 +293,17 @@ class HttpRendezvous:
             self._open.discard(answer.query)
         self._emit(answer)
 
-    async def _find(self, address: str, room: int, dp_rank: int | None) -> Records:
+    async def _find(self, address: str, room: int, dp_rank: int | None) -> tuple[Records, int]:
+        """The ranks, and the serial of the announcement that led to them."""
         base = base_url(address) if address else self.url
+        announcement = 0
         if dp_rank is None:
-            dp_rank = await self._dp_rank_of(base, room)
+            dp_rank, announcement = await self._owner_of(base, room)
         request = self._groups.get((base, dp_rank))
         if request is None:
             request = self._groups[base, dp_rank] = self._spawn(self._fetch_group(base, dp_rank))
             request.add_done_callback(lambda _: self._groups.pop((base, dp_rank)))
-        return await asyncio.shield(request)  # one lookup that gives up does not cancel it for the others
+        return await asyncio.shield(request), announcement  # one lookup that gives up does not cancel it for the others
 
     async def _fetch_group(self, base: str, dp_rank: int) -> Records:
         answer = await self._http.ask("GET", base, f"/v1/peers?dp_rank={dp_rank}", _Peers)
@@ -301,12 +316,12 @@ class HttpRendezvous:
             raise NoAnswer(f"{base}: {missing}")
         return tuple(answer.peers)
 
-    async def _dp_rank_of(self, base: str, room: int) -> int:
+    async def _owner_of(self, base: str, room: int) -> Owner:
         waiting = self._asking.get(base)
         if waiting is None:
             waiting = self._asking[base] = []
             self._spawn(self._ask_rooms(base))
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Owner] = asyncio.get_running_loop().create_future()
         waiting.append((room, future))
         return await future
 
@@ -326,7 +341,7 @@ class HttpRendezvous:
                     if dp_rank is None:
                         future.set_exception(NoAnswer(f"{base}: room {room} is not registered yet with any data-parallel rank"))
                     else:
-                        future.set_result(dp_rank)
+                        future.set_result((dp_rank, 0 if answer.dp_size == 1 else answer.announcements.get(room, 0)))
         except NoAnswer as error:
             for _, future in waiting:
                 if not future.done():

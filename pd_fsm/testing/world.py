@@ -153,10 +153,11 @@ class World:
         self.rendezvous_slow = False
         self.lookups: deque[tuple[Actor, int, ev.Lookup]] = deque()  # of a slow rendezvous: by whom, in which life
         self.residual_ms = 0.0  # how long bytes of a dead process may stay in the network, as the data plane declares it
-        self.dp_of_room: dict[int, int] = {}
+        self.announced: dict[int, tuple[int, int]] = {}  # dp_rank and serial of each room, at the rendezvous
         self.log: list[str] = []
         self._incarnations: dict[bytes, tuple[str, int]] = {}
         self._packets = 0
+        self._announcements = 0
 
     # --- actors ----------------------------------------------------------------------------------------------------------
 
@@ -547,21 +548,23 @@ class World:
         if not self.rendezvous_up:
             self.step(actor, ev.LookupFailed(effect.query, "the rendezvous does not answer"))
             return
-        dp_rank = effect.dp_rank
-        if dp_rank is None:
-            sizes = {record.dp_size for record in self.registry.values()}
-            dp_rank = 0 if sizes == {1} else self.dp_of_room.get(effect.room)
+        dp_rank, announcement = effect.dp_rank, 0
+        if dp_rank is None and {record.dp_size for record in self.registry.values()} == {1}:
+            dp_rank = 0
+        elif dp_rank is None:
+            dp_rank, announcement = self.announced.get(effect.room, (None, 0))
         if dp_rank is None:
             self.step(actor, ev.LookupFailed(effect.query, f"room {effect.room} is not registered with any rank yet"))
             return
         records = tuple(record for record in self.registry.values() if record.dp_rank == dp_rank)
         if records:
-            self.step(actor, ev.PeersFound(effect.query, records))
+            self.step(actor, ev.PeersFound(effect.query, records, announcement))
         else:
             self.step(actor, ev.LookupFailed(effect.query, f"no rank of dp_rank {dp_rank} is registered"))
 
     def _on_announce(self, actor: Actor, effect: ev.Announce) -> None:
-        self.dp_of_room[effect.room] = actor.dp_rank
+        self._announcements += 1
+        self.announced[effect.room] = (actor.dp_rank, self._announcements)
 
     def _on_connect(self, actor: Actor, effect: ev.Connect) -> None:
         name = effect.endpoint.removeprefix("world://")
