@@ -14,7 +14,8 @@ import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
-from math import inf
+from math import fsum, inf
+from operator import mul
 from pathlib import Path
 from statistics import median
 from xml.sax.saxutils import escape
@@ -404,9 +405,9 @@ def _down(
 
 def _at(curve: Curve, t: float) -> Point:
     weights = ((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t**3)
-    return sum(w * x for w, (x, _) in zip(weights, curve, strict=True)), sum(
-        w * y for w, (_, y) in zip(weights, curve, strict=True)
-    )
+    # `fsum` and not `sum`, which adds floats in another way since Python 3.12: the drawing must be the same everywhere.
+    xs, ys = zip(*curve, strict=True)
+    return fsum(map(mul, weights, xs)), fsum(map(mul, weights, ys))
 
 
 def _at_height(curve: Curve, y: float) -> Point:
@@ -420,7 +421,7 @@ def _at_height(curve: Curve, y: float) -> Point:
 
 def _text_px(text: str) -> float:
     """A generous width of a text: fonts differ, and a label that is a little wide harms nobody."""
-    return sum(4.2 if c in "filjt.,:;!'|[] " else 9.1 if c.isupper() else 7.3 for c in text)
+    return fsum(4.2 if c in "filjt.,:;!'|[] " else 9.1 if c.isupper() else 7.3 for c in text)
 
 
 def _label_box(lines: Sequence[str], at: Point, *, above: bool = False) -> _Box:

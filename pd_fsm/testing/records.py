@@ -132,11 +132,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures = replay(records, rewrite=args.rewrite)
     for name, why in failures.items():
         print(f"FAIL {name}\n{why}\n")
-    report = {"records": len(records), "passed": len(records) - len(failures), "failed": len(failures), "failures": failures}
+    names = {record.name for record in records}  # a record may have several scenarios
+    failed = {record.name for record in records if record.path.name in failures}
+    report = {
+        "records": len(names),
+        "passed": len(names - failed),
+        "failed": len(failed),
+        "scenarios": len(records),
+        "failures": failures,
+    }
     args.report.parent.mkdir(parents=True, exist_ok=True)
     args.report.write_text(json.dumps(report, indent=2) + "\n")
     runtime = len({node for record in records for node in record.runtime})
-    print(f"{len(records)} scenarios, {runtime} runtime tests named by them: {report['passed']} passed, {report['failed']} failed")
+    print(
+        f"{len(names)} records in {len(records)} scenarios, which name {runtime} runtime tests: "
+        f"{len(names - failed)} records passed, {len(failed)} failed"
+    )
     return 1 if failures else 0
 
 
