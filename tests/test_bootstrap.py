@@ -23,6 +23,7 @@ from pd_fsm.errors import ConfigError, MissingDependency
 from pd_fsm.runtime import bootstrap, peer_table
 from pd_fsm.runtime.bootstrap import BootstrapServer
 from pd_fsm.runtime.bootstrap_routes import ROOMS_PER_REQUEST_MAX, ROUTES
+from tests.needs import lacking
 
 LEASE = "a-lease-of-its-own"
 OTHER_LEASE = "somebody-elses-one"
@@ -639,7 +640,7 @@ def test_ipv6() -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
-        pytest.skip("this host has no IPv6 loopback")
+        lacking("this host has no IPv6 loopback")
     with BootstrapServer("::1") as server:
         assert server.url == f"http://[::1]:{server.port}"
         connection = http.client.HTTPConnection("::1", server.port, timeout=10)

@@ -16,8 +16,6 @@ import attrs
 import msgspec
 import pytest
 
-pytest.importorskip("torch")
-
 from pd_fsm.examples.engine import demo, scenario
 from pd_fsm.examples.engine.display import PlainDisplay
 from pd_fsm.examples.engine.messages import Report, Result, Role

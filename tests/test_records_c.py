@@ -37,6 +37,7 @@ from pd_fsm.testing import world as scripted
 from pd_fsm.transports import zmq_dial
 from pd_fsm.transports.fake import Script
 from tests.live import PAGE_SIZE, Engine, World, make_engine, messages, open_files, until
+from tests.needs import lacking
 
 PAGES_FREE_S = 5.0
 TICK_S = 0.25  # how long a call that must not block may take on a machine that is busy with something else
@@ -205,7 +206,7 @@ def test_b102_more_sockets_than_zeromq_allows_by_default(tcp: World, caplog: pyt
     """A context has 1023 sockets unless told otherwise; that is a third as many peers, and far below the bound that we name."""
     peers = 500
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 8 * peers:
-        pytest.skip("this process may not have that many open files")
+        lacking("this process may not have that many open files")
     prefill = tcp.open("prefill", limits=Limits(peers_max=peers))
     data: Any = prefill.session.driver._transport.data  # type: ignore[union-attr]
     with silent_listeners(1) as (somewhere,):
@@ -275,7 +276,7 @@ def test_b104_another_instance_at_the_address_is_recognised(tcp: World) -> None:
         ("tcp://127.0.0.1:x", None),
         ("tcp://127.0.0.1", None),
         ("tcp://", None),
-        ("ipc:///tmp/x", (socket.AF_UNIX, "/tmp/x")),
+        ("ipc:///run/x", (socket.AF_UNIX, "/run/x")),
     ],
 )
 def test_b104_addresses_are_taken_apart(endpoint: str, target: object) -> None:

@@ -26,6 +26,7 @@ from pd_fsm.transports import zmq as zmq_transport
 from pd_fsm.transports import zmq_data
 from pd_fsm.transports.zmq_data import SEGMENT_BYTES_MAX, Ack, Segment, ZmqData
 from tests.live import PAGE_SIZE, Engine, World, make_engine, messages, open_files, until
+from tests.needs import lacking
 from tests.test_memory import FAILED, SUCCEEDED, TransportSuite
 
 MIB = 1 << 20
@@ -427,7 +428,7 @@ def test_loopback_over_ipv6(tcp: World) -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
-        pytest.skip("this machine has no ::1")
+        lacking("this machine has no ::1")
     prefill, decode = tcp.pair(host="::1")
     sender, receiver = prefill.session.send(1), decode.session.receive(1, [5])
     sender.send([1], (0, PAGE_SIZE), last=True)
