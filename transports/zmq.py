@@ -16,7 +16,7 @@ import zmq
 from pd_fsm.core import events as ev
 from pd_fsm.core import wire
 from pd_fsm.errors import ConfigError
-from pd_fsm.runtime.reactor import HANDLER_MESSAGES_MAX, Source
+from pd_fsm.runtime.reactor import HANDLER_MESSAGES_MAX, Source, readable
 from pd_fsm.runtime.transport import Host, Transport
 from pd_fsm.transports.zmq_data import SEGMENT_BYTES_MAX, ZmqData
 from pd_fsm.transports.zmq_dial import Dialer, Dropped, routing_id
@@ -99,6 +99,8 @@ class ZmqControl:
                 self._host.deliver(frames[0], sender[1:])
             else:
                 self._dropped("a message that does not come from the session it names")
+            if not readable(self._router):
+                return False
         return True
 
     def _on_dialer(self, peer: bytes) -> bool:
@@ -111,6 +113,8 @@ class ZmqControl:
             except zmq.Again:
                 return False
             self._host.deliver(frames[0] if len(frames) == 1 else b"", peer)
+            if not readable(dialer.socket):
+                return False
         return True
 
 

@@ -25,7 +25,7 @@ from pd_fsm.core import wire
 from pd_fsm.errors import WireError
 from pd_fsm.kv import Plan
 from pd_fsm.kv.landing import Landing
-from pd_fsm.runtime.reactor import HANDLER_MESSAGES_MAX, Source
+from pd_fsm.runtime.reactor import HANDLER_MESSAGES_MAX, Source, readable
 from pd_fsm.runtime.transport import Host
 from pd_fsm.transports.zmq_dial import Dialer, Dropped
 
@@ -189,6 +189,8 @@ class ZmqData:
                 self._dropped("a data message without a header")
                 continue
             self._on_segment(sender.bytes, header.bytes, payload)
+            if not readable(self._router):
+                return False
         return True
 
     def _on_segment(self, sender: bytes, header: bytes, payload: list[zmq.Frame]) -> None:
@@ -297,9 +299,9 @@ class ZmqData:
             write.op,
             write.sequence,
             write.generation,
-            plan.region[begin:end].astype("<i4").tobytes(),
-            plan.destination[begin:end].astype("<i8").tobytes(),
-            plan.nbytes[begin:end].astype("<i8").tobytes(),
+            plan.region[begin:end].astype("<i4", copy=False).tobytes(),
+            plan.destination[begin:end].astype("<i8", copy=False).tobytes(),
+            plan.nbytes[begin:end].astype("<i8", copy=False).tobytes(),
             np.array(counts, dtype="<i4").tobytes(),
             write.notice if last else b"",
         )
@@ -360,6 +362,8 @@ class ZmqData:
                 self._dropped(f"a malformed acknowledgement: {error}")
                 continue
             self._on_ack(lane, ack)
+            if self._lanes.get(peer) is lane and not readable(lane.dialer.socket):
+                return False
         return True
 
     def _on_ack(self, lane: Lane, ack: Ack) -> None:
