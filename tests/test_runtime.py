@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import attrs
@@ -17,7 +19,9 @@ import pytest
 import pd_fsm
 from pd_fsm import Phase
 from pd_fsm.core import events as ev
+from pd_fsm.core.session import Identity, Step
 from pd_fsm.runtime.reactor import CHECK_MS, Reactor
+from pd_fsm.runtime.trace import TraceWriter
 from pd_fsm.runtime.transport import Host, Transport, available, make_transport
 from pd_fsm.transports import memory
 from tests.live import PAGE_SIZE, PAGES, World, make_engine, messages, open_files, threads, until
@@ -32,6 +36,37 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 # --- the driver --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_loses_no_line_that_is_recorded_while_it_is_written(tmp_path: Path) -> None:
+    """The engine's thread records while the driver's writes: here it writes between any two instructions of recording."""
+    path = tmp_path / "trace.ndjson"
+    identity = Identity(b"T" * 16, "traced", "prefill", "none", pd_fsm.Topology(), ())
+    writer = TraceWriter(path, identity)
+
+    step = Step("room", "open", "open", "", "BOOTSTRAPPING", None, None)
+    left = 0
+
+    def interrupt(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code is TraceWriter._line.__code__:
+            frame.f_trace_opcodes = True
+            left -= event == "opcode"
+            if left == 0:
+                writer.flush()
+        return interrupt
+
+    for instruction in range(1, 100):
+        writer.record(step)  # something to write
+        left = instruction
+        sys.settrace(interrupt)
+        try:
+            writer.record(step)
+        finally:
+            sys.settrace(None)
+    assert left > 0, "recording has more instructions than were interrupted"
+    writer.close()
+    assert path.read_text().count('"machine":"room"') == 2 * 99
 
 
 def test_a_stream_of_events_does_not_stop_the_clock(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class TraceWriter:
         except OSError as error:
             raise ConfigError(f"cannot write the trace of {identity.name} to {path}: {error.strerror}") from error
         self._identity = identity
-        self._lines: list[dict[str, Any]] = []
+        self._lines: deque[dict[str, Any]] = deque()  # filled by one thread while another one empties it
         self._line("session", event="open", incarnation=identity.incarnation.hex(), pid=os.getpid())
         self.flush()
 
@@ -53,8 +54,8 @@ class TraceWriter:
 
     def flush(self) -> None:
         if self._lines and self._file is not None:
-            lines, self._lines = self._lines, []
-            self._file.write(b"".join(_encode(line) + b"\n" for line in lines))
+            while self._lines:
+                self._file.write(_encode(self._lines.popleft()) + b"\n")
             self._file.flush()
 
     def close(self) -> None:
