@@ -167,8 +167,7 @@ class SessionCore:
         if self.trace is not None:
             self.trace(Step("room", "open", "open", "", room.state.name, room, None))
         self.publish(room)
-        room.deadline_ms = self.now_ms + phase_ms
-        self.timers.arm(room.deadline_ms, ("room", b"", room.generation))
+        self._arm(room, self.now_ms + phase_ms)
 
     def check_open(self, room: int) -> None:
         """Refuse an open that cannot be. Raises LocalProtocolError."""
@@ -323,19 +322,25 @@ class SessionCore:
         room = self.registry.by_generation.get(generation)
         if room is None or not room.live:
             return
+        later_ms = self._postponed_ms(room)
+        if later_ms > self.now_ms:
+            self._arm(room, later_ms)
+        else:
+            self.fail(room, ev.Failure("timeout", self._overdue(room)))
+
+    def _postponed_ms(self, room: Room) -> float:
+        """The deadline that a room has now that the entry of an earlier one has fired; in the past if it has run out."""
         if room.deadline_ms > self.now_ms:  # it was renewed since this entry was armed
-            self.timers.arm(room.deadline_ms, ("room", b"", generation))
-            return
+            return room.deadline_ms
         if room.sends and sender.waits_for_grant(self, room):
-            room.deadline_ms = self.now_ms + self.deadlines.waiting_ms
-            self.timers.arm(room.deadline_ms, ("room", b"", generation))
-            return
-        turn_ms = sender.turn_ms(self, room) + self.deadlines.transfer_ms if room.state is Phase.TRANSFERRING else 0.0
-        if turn_ms > self.now_ms:  # its writes were queued behind others that moved
-            room.deadline_ms = turn_ms
-            self.timers.arm(turn_ms, ("room", b"", generation))
-            return
-        self.fail(room, ev.Failure("timeout", self._overdue(room)))
+            return self.now_ms + self.deadlines.waiting_ms
+        if room.state is _TRANSFERRING:  # its writes may have been queued behind others that moved
+            return sender.turn_ms(self, room) + self.deadlines.transfer_ms
+        return 0.0
+
+    def _arm(self, room: Room, deadline_ms: float) -> None:
+        room.deadline_ms = deadline_ms
+        self.timers.arm(deadline_ms, ("room", b"", room.generation))
 
     def _drain_deadline(self, generation: int) -> None:
         """A holder takes too long to prove that it is done, though it may be alive: a doubt, bounded and seen, but no release."""

@@ -57,8 +57,8 @@ class Driver:
         self._board = board
         self._reactor = reactor
         self._trace = trace
-        self._transport: Transport | None = None
-        self._rendezvous: Rendezvous | None = None
+        self._transport: Transport  # from `attach`, before anything is driven
+        self._rendezvous: Rendezvous
         self._inbox: deque[ev.Event | tuple[bytes, bytes]] = deque()
         self._effects: deque[ev.Effect] = deque()
         self._drive_lock = threading.Lock()
@@ -222,11 +222,9 @@ class Driver:
         _EXECUTE[type(effect)](self, effect)
 
     def _send(self, effect: ev.Send) -> None:
-        assert self._transport is not None
         self._transport.control.send(effect.peer, wire.encode(self.core.identity.incarnation, effect.peer, effect.message))
 
     def _submit(self, effect: ev.Submit) -> None:
-        assert self._transport is not None
         plan = make_plan(self._layout, effect.copies, effect.aux)
         notice = wire.encode(self.core.identity.incarnation, effect.peer, effect.notice)
         try:
@@ -236,40 +234,31 @@ class Driver:
             self.emit(ev.WriteUnknown(effect.op, f"transport {self._transport.name} raised {error!r}"))
 
     def _cancel(self, effect: ev.Cancel) -> None:
-        assert self._transport is not None
         self._transport.data.cancel(effect.op)
 
     def _expose(self, effect: ev.Expose) -> None:
-        assert self._transport is not None
         self._transport.data.expose(effect)
 
     def _revoke(self, effect: ev.Revoke) -> None:
-        assert self._transport is not None
         if self._transport.data.revoke(effect.generation):
             self.emit(ev.Revoked(effect.generation))
 
     def _connect(self, effect: ev.Connect) -> None:
-        assert self._transport is not None
         self._transport.control.connect(effect.peer, effect.endpoint)
 
     def _disconnect(self, effect: ev.Disconnect) -> None:
-        assert self._transport is not None
         self._transport.control.disconnect(effect.peer)
 
     def _peer_up(self, effect: ev.PeerUp) -> None:
-        assert self._transport is not None
         self._transport.data.peer_up(effect.peer, effect.greeting.data)
 
     def _peer_down(self, effect: ev.PeerDown) -> None:
-        assert self._transport is not None
         self._transport.data.peer_down(effect.peer)
 
     def _lookup(self, effect: ev.Lookup) -> None:
-        assert self._rendezvous is not None
         self._rendezvous.lookup(effect.query, effect.address, effect.room, effect.dp_rank)
 
     def _announce(self, effect: ev.Announce) -> None:
-        assert self._rendezvous is not None
         self._rendezvous.announce(effect.room, self.core.identity.topology.dp_rank)
 
     def _release(self, effect: ev.ReleasePages) -> None:
