@@ -245,3 +245,33 @@ def met(deadlines: Deadlines | None = None, limits: Limits | None = None) -> Pai
     pair = Pair(deadlines, limits)
     pair.meet()
     return pair
+
+
+def both_waiting(pair: Pair) -> None:
+    """Room 7, open and known on both sides."""
+    pair.send(7)
+    pair.receive(7)
+    pair.deliver()
+
+
+def releases(side: Side, room: Room) -> int:
+    """How often the memory of this life of a room was given back."""
+    return side.released.count((room.room, room.generation))
+
+
+def settle_everything(pair: Pair) -> None:
+    """Finish all writes and let the messages come to rest; neither may be needed twice."""
+    pair.deliver()
+    pair.finish()
+    pair.deliver()
+    pair.idle()
+
+
+def silence(pair: Pair, side: Side, ms: float) -> None:
+    """`side` lives on, and hears nothing for `ms`."""
+    end = pair.now_ms + ms
+    while (due := side.core.deadline()) is not None and due <= end:
+        pair.now_ms = max(pair.now_ms, due)
+        side.expire()
+    pair.now_ms = end
+    pair.wire.clear()

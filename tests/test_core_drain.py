@@ -8,35 +8,8 @@ import pytest
 
 from pd_fsm.core import events as ev
 from pd_fsm.core import wire
-from pd_fsm.core.ledger import Room
 from pd_fsm.machines import LeaseState, Phase
-from tests.pair import Pair, Side, pages
-
-
-@pytest.fixture
-def pair() -> Pair:
-    pair = Pair()
-    pair.meet()
-    return pair
-
-
-def releases(side: Side, room: Room) -> int:
-    return side.released.count((room.room, room.generation))
-
-
-def settle_everything(pair: Pair) -> None:
-    """Finish all writes and let the messages come to rest; neither may be needed twice."""
-    pair.deliver()
-    pair.finish()
-    pair.deliver()
-    pair.idle()
-
-
-def both_waiting(pair: Pair) -> None:
-    pair.send(7)
-    pair.receive(7)
-    pair.deliver()
-
+from tests.pair import Pair, both_waiting, pages, releases, settle_everything
 
 # --- drain: memory comes back only with proof --------------------------------------------------------------------------------
 

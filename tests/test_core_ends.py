@@ -11,12 +11,6 @@ from pd_fsm.errors import LocalProtocolError
 from pd_fsm.machines import Phase
 from tests.pair import Pair, Side, met, pages
 
-
-@pytest.fixture
-def pair() -> Pair:
-    return met()
-
-
 # --- cancelled by number -----------------------------------------------------------------------------------------------------
 
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-
 from pd_fsm.core import events as ev
 from pd_fsm.core import wire
 from pd_fsm.machines import LeaseState, PeerState, Phase
-from tests.pair import Pair, met
+from tests.pair import Pair
 
 INTRUDER = b"X" * 16
-
-
-@pytest.fixture
-def pair() -> Pair:
-    return met()
 
 
 def receive(pair: Pair, message: wire.Message, *, source: bytes, via: bytes) -> None:

@@ -9,25 +9,10 @@ from pd_fsm.core import wire
 from pd_fsm.core.settings import Deadlines, Limits
 from pd_fsm.core.wire import ComponentInfo
 from pd_fsm.machines import PeerState, Phase
-from tests.pair import ADDRESS, COMPONENTS, Pair, Side, met, pages
+from tests.pair import ADDRESS, COMPONENTS, Pair, met, pages, silence
 
 KV, AUX = COMPONENTS
 P, D = b"P" * 16, b"D" * 16
-
-
-@pytest.fixture
-def pair() -> Pair:
-    return met()
-
-
-def silence(pair: Pair, side: Side, ms: float) -> None:
-    """`side` lives on, and hears nothing for `ms`."""
-    end = pair.now_ms + ms
-    while (due := side.core.deadline()) is not None and due <= end:
-        pair.now_ms = max(pair.now_ms, due)
-        side.expire()
-    pair.now_ms = end
-    pair.wire.clear()
 
 
 # --- handshake ---------------------------------------------------------------------------------------------------------------

@@ -16,11 +16,6 @@ from pd_fsm.machines import Phase
 from tests.pair import ADDRESS, Pair, met, pages
 
 
-@pytest.fixture
-def pair() -> Pair:
-    return met()
-
-
 def offer(pair: Pair, room: int = 7) -> wire.Offer:
     """The offer of decode's room, sent before or not."""
     request = pair.d.room(room).request

@@ -13,11 +13,6 @@ from pd_fsm.machines import LeaseState, Phase
 from tests.pair import ADDRESS, Pair, met, pages
 
 
-@pytest.fixture
-def pair() -> Pair:
-    return met()
-
-
 def without_pages(pair: Pair, room: int = 7) -> Room:
     pair.d.step(ev.OpenReceive(room, None, address=ADDRESS))
     return pair.d.room(room)

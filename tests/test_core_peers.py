@@ -8,24 +8,9 @@ from pd_fsm.core import events as ev
 from pd_fsm.core import wire
 from pd_fsm.errors import LocalProtocolError
 from pd_fsm.machines import LeaseState, PeerState, Phase
-from tests.pair import Pair, Side, met, pages
+from tests.pair import Pair, pages, silence
 
 P, D = b"P" * 16, b"D" * 16
-
-
-@pytest.fixture
-def pair() -> Pair:
-    return met()
-
-
-def silence(pair: Pair, side: Side, ms: float) -> None:
-    """`side` lives on, and hears nothing for `ms`."""
-    end = pair.now_ms + ms
-    while (due := side.core.deadline()) is not None and due <= end:
-        pair.now_ms = max(pair.now_ms, due)
-        side.expire()
-    pair.now_ms = end
-    pair.wire.clear()
 
 
 # --- liveness ----------------------------------------------------------------------------------------------------------------
