@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import secrets
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -76,13 +75,13 @@ class FakePeer:
             action()
             return
         self._sequence += 1
-        heapq.heappush(self._later, (time.monotonic() + delay_ms / 1e3, self._sequence, action))
+        heapq.heappush(self._later, (self._host.clock_ms() + delay_ms, self._sequence, action))
         if not self._checking:
             self._checking = True
             self._host.reactor.add_check(self._run_due)
 
     def _run_due(self) -> bool:
-        while self._later and self._later[0][0] <= time.monotonic():
+        while self._later and self._later[0][0] <= self._host.clock_ms():
             heapq.heappop(self._later)[2]()
         self._checking = bool(self._later)
         return not self._checking

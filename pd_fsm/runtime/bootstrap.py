@@ -17,7 +17,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -26,6 +25,7 @@ import msgspec
 
 from pd_fsm.errors import ConfigError, MissingDependency
 from pd_fsm.runtime.bootstrap_routes import Call, Reply, State, answer
+from pd_fsm.runtime.clock import now_ms
 from pd_fsm.runtime.peer_table import LEASE_MS, PeerTable, RoomTable, is_loopback
 
 if TYPE_CHECKING:
@@ -53,10 +53,6 @@ def check_token(token: str | None) -> str | None:
     if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
         raise ConfigError("token must be printable ASCII characters without spaces, and not empty; None means no token")
     return token
-
-
-def now_ms() -> float:
-    return time.monotonic() * 1000
 
 
 class BootstrapServer:

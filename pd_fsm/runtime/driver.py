@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from pd_fsm.errors import WireError
 from pd_fsm.kv import KVLayout, make_plan
 from pd_fsm.machines import Phase
 from pd_fsm.runtime.board import PollBoard
+from pd_fsm.runtime.clock import now_ms
 from pd_fsm.runtime.reactor import Reactor
 from pd_fsm.runtime.rendezvous import Rendezvous
 from pd_fsm.runtime.trace import TraceWriter
@@ -35,10 +35,6 @@ DRIVE_LOCK_WAIT_S = 0.005
 """How long the thread waits while the engine drives, before it looks again."""
 
 
-def now_ms() -> float:
-    return time.monotonic_ns() / 1e6
-
-
 class Driver:
     """Drives one core. `call`, `emit`, `deliver` and `progress` may be used from any thread."""
 
@@ -49,8 +45,10 @@ class Driver:
         board: PollBoard,
         reactor: Reactor,
         trace: TraceWriter | None,
+        clock_ms: Callable[[], float] = now_ms,
     ) -> None:
         self.core = core
+        self.clock_ms = clock_ms
         self.lock = threading.Lock()
         self.concluded = threading.Condition()
         self._layout = layout
@@ -76,7 +74,7 @@ class Driver:
     def call(self, event: ev.Event) -> None:
         """One local event, now. Raises LocalProtocolError. No I/O: its effects are executed by whoever drives."""
         with self.lock:
-            self.apply(self.core.step(event, now_ms()))
+            self.apply(self.core.step(event, self.clock_ms()))
         self._reactor.wake()
 
     def emit(self, event: ev.Event) -> None:
@@ -117,7 +115,7 @@ class Driver:
         with self.lock:
             deadline = self.core.deadline()
         if deadline is not None:
-            timeout_ms = min(timeout_ms, deadline - now_ms())
+            timeout_ms = min(timeout_ms, deadline - self.clock_ms())
         self._reactor.wait(timeout_ms, self._has_work)
 
     def stop_thread(self, timeout_s: float) -> bool:
@@ -169,7 +167,7 @@ class Driver:
         for _ in range(len(inbox)):
             worked = True
             self._take(inbox.popleft())
-        now = now_ms()
+        now = self.clock_ms()
         # What has arrived comes before what ran out, but a stream that never ends must not stop the clock.
         if not worked or now >= self._deadlines_seen_ms + DEADLINE_LATE_MS_MAX:
             self._deadlines_seen_ms = now
@@ -195,7 +193,7 @@ class Driver:
                 return
             item = ev.Received(source, destination, message, via)
         with self.lock:
-            self.apply(self.core.step(item, now_ms()))
+            self.apply(self.core.step(item, self.clock_ms()))
 
     def _wire_error(self, error: WireError) -> None:
         self._wire_errors += 1

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from pd_fsm.core.events import LookupFailed, PeerRecord, PeersFound, RegistrationFailed
 from pd_fsm.errors import LocalProtocolError
-from pd_fsm.runtime.bootstrap import now_ms
+from pd_fsm.runtime.clock import now_ms
 from pd_fsm.runtime.peer_table import PeerTable, RoomTable, Taken, slot_of, why_incomplete
 from pd_fsm.runtime.rendezvous_http import Emit, HttpRendezvous
 

@@ -30,7 +30,8 @@ from pd_fsm.errors import ConfigError, LocalProtocolError, RoomFailed, WaitTimeo
 from pd_fsm.kv import KVLayout
 from pd_fsm.machines import Phase
 from pd_fsm.runtime.board import PollBoard
-from pd_fsm.runtime.driver import Driver, now_ms
+from pd_fsm.runtime.clock import now_ms
+from pd_fsm.runtime.driver import Driver
 from pd_fsm.runtime.reactor import Reactor
 from pd_fsm.runtime.rendezvous import HttpRendezvous, Rendezvous
 from pd_fsm.runtime.trace import TraceWriter
@@ -315,7 +316,7 @@ class Session:
     def _open(self, event: ev.OpenSend | ev.OpenReceive, kind: type[HandleT]) -> HandleT:
         driver = self.driver
         with driver.lock:
-            driver.apply(driver.core.step(event, now_ms()))
+            driver.apply(driver.core.step(event, driver.clock_ms()))
             opened = driver.core.registry.by_room[event.room]
             handle = kind(self, opened, self._board.slot(opened.generation))
         self._reactor.wake()
@@ -352,7 +353,7 @@ class Session:
         with driver.lock:
             if handle.cleared:
                 return
-            driver.apply(driver.core.step(ev.ClearRequested(handle.generation), now_ms()))
+            driver.apply(driver.core.step(ev.ClearRequested(handle.generation), driver.clock_ms()))
             handle.latch()
             self._board.remove(handle.generation)
         self._reactor.wake()
@@ -503,6 +504,8 @@ def open_session(
     trace: str | None = None,
     thread: bool = True,
     transport_options: Mapping[str, Any] | None = None,
+    clock_ms: Callable[[], float] = now_ms,
+    incarnation: bytes | None = None,
 ) -> Session:
     """Open the session layer of one rank.
 
@@ -511,14 +514,20 @@ def open_session(
     Rendezvous object; transports that bring their own need none. `host` is the address to bind and advertise. `trace` is a file for
     the NDJSON record of every step. With `thread=False` nothing moves unless the caller runs `progress()`.
 
+    `clock_ms` and `incarnation` are for simulations: the clock of every deadline and of the trace (default CLOCK_MONOTONIC; it must
+    never go back), and the 16 bytes that name this life (default random; two lives must never share them). Waits of scripts and
+    tests (`wait`, `close`) stay on the real clock.
+
     Raises ConfigError for settings that cannot work (an address that cannot be bound, an unknown transport) and MissingDependency
     for a library that is not installed. Whatever was begun is undone.
     """
     if role not in ("prefill", "decode"):
         raise ConfigError(f"role must be 'prefill' or 'decode', not {role!r}")
+    if incarnation is not None and (len(incarnation) != wire.INCARNATION_BYTES or incarnation == wire.NOBODY):
+        raise ConfigError(f"incarnation must be {wire.INCARNATION_BYTES} bytes that are not all zero, not {incarnation!r}")
     limits = limits or Limits()
     identity = Identity(
-        incarnation=secrets.token_bytes(16),
+        incarnation=secrets.token_bytes(wire.INCARNATION_BYTES) if incarnation is None else incarnation,
         name=name or role,
         role=role,
         transport="",
@@ -531,14 +540,14 @@ def open_session(
     session: Session | None = None
     undo: list[Any] = [reactor.close]
     try:
-        writer = TraceWriter(trace, identity) if trace else None
+        writer = TraceWriter(trace, identity, clock_ms) if trace else None
         if writer is not None:
             core.trace = writer.record
             undo.append(writer.close)
-        driver = Driver(core, kv, board, reactor, writer)
+        driver = Driver(core, kv, board, reactor, writer, clock_ms)
         made = make_transport(
             transport,
-            Host(identity.incarnation, role, identity.name, host, kv, limits, reactor, driver.emit, driver.deliver),
+            Host(identity.incarnation, role, identity.name, host, kv, limits, reactor, driver.emit, driver.deliver, clock_ms),
             transport_options or {},
         )
         undo.append(lambda: made.close(LINGER_MS))

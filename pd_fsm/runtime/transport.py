@@ -17,6 +17,7 @@ from pd_fsm.core import events as ev
 from pd_fsm.core.settings import Limits
 from pd_fsm.errors import ConfigError, PdError
 from pd_fsm.kv import KVLayout, Plan
+from pd_fsm.runtime.clock import now_ms
 from pd_fsm.runtime.reactor import Reactor
 from pd_fsm.runtime.rendezvous import Rendezvous
 
@@ -93,6 +94,8 @@ class Host:
     deliver: Callable[[bytes, bytes], None]
     """`deliver(frame, via)`: hand over a frame, whatever its bytes are, that came on the connection of the peer `via`, as far as
     the transport can tell (else b""); any thread, never blocks."""
+    clock_ms: Callable[[], float] = now_ms
+    """The session's clock, in milliseconds; any thread."""
 
 
 @attrs.frozen(eq=False)
