@@ -40,7 +40,9 @@ CORE_BANNED = {
     "zmq",
 }
 CORE_THIRD_PARTY = {"attrs", "transitions", "msgspec", "graphviz"}  # graphviz draws the diagrams, if it is installed
-ONE_TRANSPORT = {"zmq": {"zmq", "zmq_data", "zmq_dial"}}
+ONE_TRANSPORT = {
+    "zmq": {"zmq", "zmq_data"},
+}
 
 
 def module_name(path: Path) -> str:
@@ -107,7 +109,7 @@ def test_the_core_does_no_io_and_reads_no_clock(part: str) -> None:
 
 def test_nothing_in_the_package_imports_a_concrete_transport() -> None:
     names = {path.stem for path in modules(TRANSPORTS)} - {"__init__"}
-    assert names >= {"memory", "zmq", "zmq_data", "zmq_dial"}
+    assert names >= {"memory", "zmq", "zmq_data"}
     for path in modules(PACKAGE):
         for module, _ in imports(path):
             assert not module.startswith(("pd_fsm.transports", "transports")), f"{module_name(path)} imports {module}"

@@ -30,11 +30,10 @@ from pd_fsm.core.events import PeerRecord
 from pd_fsm.core.session import Identity, SessionCore
 from pd_fsm.core.settings import Limits, Topology
 from pd_fsm.errors import LocalProtocolError
-from pd_fsm.runtime import timeline
+from pd_fsm.runtime import timeline, zmq_dial
 from pd_fsm.runtime.agreement import Decision, RankAgreement
 from pd_fsm.runtime.bootstrap import BootstrapServer
 from pd_fsm.testing import world as scripted
-from pd_fsm.transports import zmq_dial
 from pd_fsm.transports.fake import Script
 from tests.live import PAGE_SIZE, Engine, World, make_engine, messages, open_files, until
 from tests.needs import lacking

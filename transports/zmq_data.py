@@ -27,7 +27,7 @@ from pd_fsm.kv import Plan
 from pd_fsm.kv.landing import Landing
 from pd_fsm.runtime.reactor import HANDLER_MESSAGES_MAX, Source, readable
 from pd_fsm.runtime.transport import Host
-from pd_fsm.transports.zmq_dial import Dialer, Dropped
+from pd_fsm.runtime.zmq_dial import Dialer, Dropped
 
 logger = logging.getLogger("pd_fsm.transports.zmq")
 
