@@ -4,10 +4,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0  # the CPU build; without the pin pip would fetch gigabytes of CUDA packages
 TRANSPORT ?= zmq
+NIXL   ?= nixl==1.5.1 nixl-cu12==1.5.1  # runs on a CPU, too; without its dependencies, which are a CUDA torch
 SOURCES := pd_fsm transports examples benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit scenarios chaos docs docs-check bench build clean
+.PHONY: help setup setup-transports demo test lint types unit scenarios chaos docs docs-check bench build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -19,6 +20,12 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install -qq --editable '.[dev]'
+	touch $@
+
+setup-transports: $(VENV)/.transports  ## the transfer libraries that run on this machine, for their tests
+
+$(VENV)/.transports: $(VENV)/.ready
+	$(BIN)/pip install --quiet --no-deps $(NIXL)
 	touch $@
 
 demo: setup  ## real engine processes hand their KV cache over; checks the answers (under 2 min)
@@ -36,7 +43,7 @@ types: setup  ## mypy --strict on the package
 	cp -R transports .types/pd_fsm/transports && cp -R examples .types/pd_fsm/examples && cp -R benchmarks .types/pd_fsm/benchmarks
 	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache pd_fsm
 
-unit: setup  ## the tests alone; ARGS are passed to pytest
+unit: setup setup-transports  ## the tests alone; ARGS are passed to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
 scenarios: setup  ## replay every recorded race on the core, and on the real runtime where it concerns that (2 min)

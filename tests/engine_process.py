@@ -1,7 +1,7 @@
 """An engine in a process of its own, told what to do by lines of JSON on its standard input: `python -m tests.engine_process ...`.
 
-`EngineProcess` is the other end, for tests. Each command is answered by one line, so a test knows how far the process came before
-it stops or kills it.
+`EngineProcess` is the other end, for tests; its `settings` are those of `open_session`. Each command is answered by one line, so a
+test knows how far the process came before it stops or kills it.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def make_buffer(seed: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
 def open_engine(role: str, name: str, url: str, buffer: Any, **settings: Any) -> pd_fsm.Session:
     layout = pd_fsm.KVLayout([pd_fsm.paged("kv", [buffer], PAGE_SIZE)])
     return pd_fsm.open_session(
-        role, layout, transport="zmq", rendezvous=url, name=name, **({"deadlines": DEADLINES, "limits": LIMITS} | settings)
+        role, layout, rendezvous=url, name=name, **({"transport": "zmq", "deadlines": DEADLINES, "limits": LIMITS} | settings)
     )
 
 
 class EngineProcess:
     """Starts the process, and ends it by its own pid when the test is over."""
 
-    def __init__(self, role: str, name: str, url: str, seed: int) -> None:
+    def __init__(self, role: str, name: str, url: str, seed: int, **settings: Any) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.engine_process", role, name, url, str(seed)],
+            [sys.executable, "-m", "tests.engine_process", role, name, url, str(seed), json.dumps(settings)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -111,7 +111,7 @@ class EngineProcess:
                 continue
 
 
-def main(role: str, name: str, url: str, seed: str) -> int:
+def main(role: str, name: str, url: str, seed: str, settings: str) -> int:
     buffer = make_buffer(int(seed))
     handles: dict[int, Any] = {}
 
@@ -127,7 +127,7 @@ def main(role: str, name: str, url: str, seed: str) -> int:
         handle = handles[room]
         return {"phase": handle.phase.name, "failure": handle.failure and handle.failure.reason, "pages_free": handle.pages_free}
 
-    with open_engine(role, name, url, buffer) as session:
+    with open_engine(role, name, url, buffer, **json.loads(settings)) as session:
         print(json.dumps({"ready": True}), flush=True)  # noqa: T201 - the answer on the pipe
         for line in sys.stdin:
             try:

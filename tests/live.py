@@ -116,6 +116,7 @@ class World:
         """Of the transport."""
         return {
             "memory": {"hub": self.hub},
+            "nixl": {},
             "tcp": {},
             "ipc": {"scheme": "ipc", "directory": str(self.directory)},
         }[self.transport]
@@ -124,7 +125,7 @@ class World:
         """An engine with an open session, closed with the world."""
         self.opened += 1
         engine = engine or make_engine(role, seed=self.opened)
-        name = "memory" if self.transport == "memory" else "zmq"
+        name = self.transport if self.transport in ("memory", "nixl") else "zmq"
         given = {
             "transport": name,
             "rendezvous": self.registry.client(),

@@ -42,6 +42,7 @@ CORE_BANNED = {
 CORE_THIRD_PARTY = {"attrs", "transitions", "msgspec", "graphviz"}  # graphviz draws the diagrams, if it is installed
 ONE_TRANSPORT = {
     "zmq": {"zmq", "zmq_data"},
+    "nixl": {"nixl", "nixl_agent", "nixl_data", "nixl_memory", "nixl_writer"},
 }
 
 
