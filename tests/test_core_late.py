@@ -199,6 +199,38 @@ def test_a_room_without_pages_leaves_nothing_when_its_peer_is_lost(pair: Pair) -
     assert not pair.d.core.timers.repeats
 
 
+def test_a_peer_that_is_met_anew_before_it_knew_that_it_was_lost(pair: Pair) -> None:
+    """Decode gave prefill up, and with it a room without pages; prefill noticed nothing, and asks a living decode for them."""
+    sending, receiving = computed(pair)
+    pair.d.step(ev.PeerOverflowed(b"P" * 16, "it does not read"))
+    pair.d.clear(receiving)
+    pair.wire.clear()
+    pair.receive(8)  # it is greeted again
+    pair.deliver()
+    assert pair.p.core.peers[b"D" * 16].up
+    pair.advance(pair.d.core.deadlines.repeat_max_ms)
+    assert sending.failure is not None
+    assert "does not read" in sending.failure.reason
+    assert sending.lease.owned
+    assert not [key for key in pair.p.core.timers.repeats if key[2] == receiving.generation]
+
+
+def test_a_late_copy_of_computed_ends_no_room(pair: Pair) -> None:
+    """Decode has all parts and forgot the room; prefill's last write has not been reported yet."""
+    sending, receiving = computed(pair)
+    grant(pair)
+    pair.deliver()
+    for write in pair.writes.values():
+        pair.d.tell(write.notice, pair.p)
+    assert receiving.state is Phase.SUCCESS
+    pair.d.clear(receiving)
+    pair.d.tell(wire.Computed(7, receiving.generation, 32))
+    pair.deliver()
+    assert sending.live
+    pair.finish(notified=True)
+    assert sending.state is Phase.SUCCESS
+
+
 def test_grants_that_cannot_be_are_refused(pair: Pair) -> None:
     without_pages(pair)
     for bad, said in (

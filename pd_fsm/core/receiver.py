@@ -228,6 +228,8 @@ def on_computed(session: SessionCore, peer: Peer, message: wire.Computed) -> Non
     link = session.links.get((peer.incarnation, message.generation))
     if link is None or link.room.room != message.room or not link.room.live or not link.announced or link.complete:
         session.counts["late.computed"] += 1
+        if link is None and ("abort", peer.incarnation, message.generation) not in session.timers.repeats:
+            _tell_over(session, peer, message)
         return
     _opened(session, link)
     link.room.tokens_computed = message.tokens
@@ -235,6 +237,18 @@ def on_computed(session: SessionCore, peer: Peer, message: wire.Computed) -> Non
         _repeat_offer(session, link)
     else:
         session.answered("offer", peer.incarnation, message.generation)
+
+
+def _tell_over(session: SessionCore, peer: Peer, message: wire.Computed) -> None:
+    """Prefill waits for pages of a room that is over here. It was lost when the room failed and has been met anew before it spoke,
+    so it never learned of that; nothing else would end its wait, for we are heard."""
+    room, tombstone = session.registry.by_room.get(message.room), session.registry.tombstones.get(message.room)
+    ended = room if room is not None and room.generation == message.generation else tombstone
+    forgotten = ev.Failure("protocol", f"{session.identity.name} knows no such room any more")
+    failure = ended.failure if ended is not None else forgotten
+    if failure is None:
+        return  # it succeeded: a late copy
+    session.emit(ev.Send(peer.incarnation, wire.Abort(message.room, message.generation, failure.cause, wire.clip(failure.reason))))
 
 
 def on_part(session: SessionCore, peer: Peer, message: wire.Part) -> None:
