@@ -8,7 +8,7 @@ NIXL   ?= nixl==1.5.1 nixl-cu12==1.5.1  # runs on a CPU, too; without its depend
 SOURCES := pd_fsm transports examples benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-transports demo test lint types unit scenarios chaos docs docs-check bench build clean
+.PHONY: help setup setup-transports demo test lint types unit scenarios race chaos docs docs-check bench build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -48,6 +48,9 @@ unit: setup setup-transports  ## the tests alone; ARGS are passed to pytest
 
 scenarios: setup  ## replay every recorded race on the core, and on the real runtime where it concerns that (2 min)
 	$(BIN)/python -m pd_fsm.testing.records tests/scenarios
+
+race: setup  ## simulate 500 fleets under faults; ARGS="--sim --seed 4711 --minimise" repeats one (1 min)
+	$(BIN)/pd-fsm race $(or $(ARGS),--sim --seeds 500 --jobs 2)
 
 chaos: setup  ## kill, stop, cut and restart real processes, then look for lost rooms and pages (3 min)
 	$(BIN)/python -m pd_fsm.testing.chaos $(ARGS)

@@ -52,6 +52,12 @@ def _bench(_: argparse.Namespace, rest: list[str]) -> int:
     return run.main(rest)
 
 
+def _race(_: argparse.Namespace, rest: list[str]) -> int:
+    from pd_fsm.testing import race
+
+    return race.main(rest)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pd-fsm", description="The session layer of disaggregated LLM serving.")
     parser.add_argument("--version", action="version", version=f"pd-fsm {__version__}")
@@ -65,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("demo", _demo, "a real prefill/decode engine hands its KV cache over, and the answers are checked", add_help=False)
+    command("race", _race, "look for races: simulate real sessions under faults and a virtual clock", add_help=False)
     command("bench", _bench, "measure the session layer beside what a user would use instead", add_help=False)
 
     server = command("bootstrap", _bootstrap, "the HTTP bootstrap server, where decode ranks find prefill ranks")
@@ -91,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit status; 2 for a wrong setting, with the reason on stderr."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("demo", "bench"):
+    if rest and args.command not in ("demo", "bench", "race"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status: int = args.run(args, rest)
