@@ -8,7 +8,7 @@ NIXL   ?= nixl==1.5.1 nixl-cu12==1.5.1  # runs on a CPU, too; without its depend
 SOURCES := pd_fsm transports examples benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-transports demo test lint types unit scenarios race chaos docs docs-check bench build clean
+.PHONY: help setup setup-transports demo test lint types unit conformance scenarios race chaos docs docs-check bench build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -45,6 +45,9 @@ types: setup  ## mypy --strict on the package
 
 unit: setup setup-transports  ## the tests alone; ARGS are passed to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+conformance: setup  ## the conformance kit on TRANSPORT=zmq, a name or module:factory; ARGS are passed to pytest (1 min)
+	$(BIN)/python -m pytest --pyargs pd_fsm.testing.conformance --pd-fsm-transport=$(TRANSPORT) $(ARGS)
 
 scenarios: setup  ## replay every recorded race on the core, and on the real runtime where it concerns that (2 min)
 	$(BIN)/python -m pd_fsm.testing.records tests/scenarios

@@ -1,169 +1,29 @@
-"""Real sessions in one process, over any transport, for tests: engines with patterned memory, and waits with a deadline.
-
-Every engine's memory is filled with noise and mirrored: `Engine.expect` says which bytes a hand-off should have changed, and
-`Engine.check` compares all of it, so a byte outside of the granted pages that changed is found, too.
-"""
+"""The conformance kit's engines and world, over the transports of this project by their short names."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import attrs
-import numpy as np
-from numpy.typing import NDArray
-
 import pd_fsm
+from pd_fsm.testing.conformance import engines
+from pd_fsm.testing.conformance.engines import PAGE_SIZE, PAGES, Engine, make_engine, messages, open_files, threads, until
+from pd_fsm.testing.conformance.target import Target
 from pd_fsm.transports.memory import Hub
 
-PAGE_SIZE = 4
-PAGES = 48
-ROWS = 8
-PATIENCE_S = 10.0  # bounds a wait that should end much sooner
-TRANSPORTS = ("memory", "tcp", "ipc")
+__all__ = ["PAGES", "PAGE_SIZE", "Engine", "World", "make_engine", "messages", "open_files", "threads", "until"]
 
 
-def until(done: Callable[[], bool], what: str, sessions: Sequence[pd_fsm.Session] = (), timeout_s: float = PATIENCE_S) -> None:
-    """Wait until `done()`, driving those of `sessions` that have no thread. Fails after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    driven = [session for session in sessions if not session.driver.threaded]
-    while not done():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s until {what}"
-        worked = [session.progress() for session in driven]
-        if driven and not any(worked):
-            driven[0].wait(1.0)
-        elif not driven:
-            time.sleep(0.0005)
+class World(engines.World):
+    """`transport` is "memory", "nixl", or "tcp" or "ipc" of ZeroMQ. A memory world has a hub of its own."""
 
-
-def open_files() -> dict[str, str]:
-    """What this process has open, by descriptor."""
-    found = {}
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the listing's own descriptor
-            found[entry.name] = str(entry.readlink())
-    return found
-
-
-def threads() -> set[str]:
-    """Names of the threads that run, pyzmq's own collector for shared memory aside: it lives as long as the process."""
-    return {thread.name for thread in threading.enumerate() if "garbage" not in type(thread).__name__.lower()}
-
-
-@attrs.define(eq=False)
-class Engine:
-    """One side: its buffers, what they should contain, and its session."""
-
-    role: str
-    buffers: list[NDArray[np.uint8]]
-    """Region by region [items, item_bytes]; those of "aux" come last."""
-    aux_regions: int
-    layout: pd_fsm.KVLayout
-    session: pd_fsm.Session = attrs.field(init=False)
-    expected: list[NDArray[np.uint8]] = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.expected = [buffer.copy() for buffer in self.buffers]
-
-    def expect(self, source: Engine, pairs: Sequence[tuple[int, int]], aux: tuple[int, int] | None = None) -> None:
-        """These (source page, own page) pairs and that (source row, own row) should have been copied from `source`."""
-        paged = len(self.buffers) - self.aux_regions
-        for number, (mine, theirs) in enumerate(zip(self.expected, source.buffers, strict=True)):
-            moved = pairs if number < paged else [aux] if aux else []
-            for from_item, to_item in moved:
-                mine[to_item] = theirs[from_item]
-
-    def check(self) -> None:
-        for number, (buffer, expected) in enumerate(zip(self.buffers, self.expected, strict=True)):
-            wrong = np.flatnonzero((buffer != expected).any(axis=1))
-            assert not len(wrong), f"{self.role}: items {wrong.tolist()[:10]} of region {number} are not as they should be"
-
-    def close(self, timeout_s: float = 2.0) -> None:
-        self.session.close(timeout_s)
-
-
-def make_engine(
-    role: str, seed: int, *, pages: int = PAGES, page_bytes: Sequence[int] = (96, 64, 8), page_size: int = PAGE_SIZE
-) -> Engine:
-    """An engine without a session: two components that share an index space, and aux data in two buffers."""
-    noise = np.random.default_rng(seed)
-    paged = [noise.integers(0, 256, (pages, nbytes), dtype=np.uint8) for nbytes in page_bytes]
-    aux = [noise.integers(0, 256, (ROWS, nbytes), dtype=np.uint8) for nbytes in (16, 3)]
-    layout = pd_fsm.KVLayout(
-        [pd_fsm.paged("kv", paged[:-1], page_size), pd_fsm.paged("index", paged[-1:], page_size), pd_fsm.rows("aux", *aux)]
-    )
-    return Engine(role, paged + aux, len(aux), layout)
-
-
-@attrs.define(eq=False)
-class World:
-    """Engines that can meet, over one transport, with or without threads of their own."""
-
-    transport: str
-    thread: bool
-    directory: Path
-    deadlines: pd_fsm.Deadlines = attrs.field(factory=lambda: pd_fsm.Deadlines(repeat_min_ms=20))
-    hub: Hub = attrs.field(factory=Hub)
-    registry: pd_fsm.LocalRendezvous = attrs.field(factory=pd_fsm.LocalRendezvous)
-    engines: list[Engine] = attrs.field(factory=list)
-    opened: int = 0
-
-    def options(self) -> dict[str, Any]:
-        """Of the transport."""
-        return {
+    def __init__(self, transport: str, thread: bool, directory: Path, deadlines: pd_fsm.Deadlines | None = None) -> None:
+        self.hub = Hub()
+        options: dict[str, Any] = {
             "memory": {"hub": self.hub},
             "nixl": {},
             "tcp": {},
-            "ipc": {"scheme": "ipc", "directory": str(self.directory)},
-        }[self.transport]
-
-    def open(self, role: str, engine: Engine | None = None, **settings: Any) -> Engine:
-        """An engine with an open session, closed with the world."""
-        self.opened += 1
-        engine = engine or make_engine(role, seed=self.opened)
-        name = self.transport if self.transport in ("memory", "nixl") else "zmq"
-        given = {
-            "transport": name,
-            "rendezvous": self.registry.client(),
-            "name": f"{role}-{sum(known.role == role for known in self.engines)}",
-            "deadlines": self.deadlines,
-            "thread": self.thread,
-            "transport_options": self.options(),
-        }
-        engine.session = pd_fsm.open_session(role, engine.layout, **(given | settings))
-        self.engines.append(engine)
-        return engine
-
-    def pair(self, **settings: Any) -> tuple[Engine, Engine]:
-        return self.open("prefill", **settings), self.open("decode", **settings)
-
-    def until(self, done: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
-        until(done, what, [engine.session for engine in self.engines], timeout_s)
-
-    def conclude(self, *handles: pd_fsm.Handle, timeout_s: float = PATIENCE_S) -> list[pd_fsm.Phase]:
-        """Wait until all of these concluded and their memory is free; the phases."""
-        done = lambda: all(handle.poll() in (0, 4) and handle.pages_free for handle in handles)  # noqa: E731
-        self.until(done, f"{handles} concluded", timeout_s)
-        return [handle.phase for handle in handles]
-
-    def at_rest(self) -> None:
-        """Wait until no engine owes anything to another."""
-        tables = ("ops", "links", "leases", "repeats")
-        for engine in self.engines:
-            self.until(lambda engine=engine: not any(map(engine.session.describe().get, tables)), f"{engine.role} came to rest")  # type: ignore[misc]
-
-    def close(self) -> None:
-        """Every session ends; those without a thread together, so that their goodbyes find each other."""
-        for engine in self.engines:
-            engine.close(0.5)
-        self.engines.clear()
-
-
-def messages(engine: Engine, name: str) -> int:
-    """A counter of the session."""
-    count: int = engine.session.describe()["counts"].get(name, 0)
-    return count
+            "ipc": {"scheme": "ipc", "directory": str(directory)},
+        }[transport]
+        name = transport if transport in ("memory", "nixl") else "zmq"
+        super().__init__(Target(name, options), thread, directory, deadlines)

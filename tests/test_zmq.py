@@ -1,4 +1,4 @@
-"""The ZeroMQ transport: the common suite over tcp and ipc, bulk, broken connections, and sockets that speak nonsense."""
+"""The ZeroMQ transport beyond the conformance kit: bulk, broken connections, and sockets that speak nonsense."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pd_fsm import Phase
 from pd_fsm.core import wire
 from pd_fsm.core.events import PeerRecord
 from pd_fsm.runtime.transport import Host, Transport
+from pd_fsm.testing.conformance.test_sessions import FAILED, SUCCEEDED
 from pd_fsm.transports import zmq as zmq_transport
 from pd_fsm.transports import zmq_data
 from pd_fsm.transports.zmq_data import SEGMENT_BYTES_MAX, Ack, Segment, ZmqData
 from tests.live import PAGE_SIZE, Engine, World, make_engine, messages, open_files, until
 from tests.needs import lacking
-from tests.test_memory import FAILED, SUCCEEDED, TransportSuite
 
 MIB = 1 << 20
 
@@ -59,10 +59,6 @@ def plane(engine: Engine) -> ZmqData:
     assert transport is not None
     assert isinstance(transport.data, ZmqData)
     return transport.data
-
-
-class TestZmq(TransportSuite):
-    """Everything that every transport must do."""
 
 
 # --- bulk --------------------------------------------------------------------------------------------------------------------

@@ -255,4 +255,4 @@ def create(host: Host, script: Script | Callable[[int], Script] | None = None) -
         peer = FakePeer(host, lambda _: fixed)
     else:
         peer = FakePeer(host, chosen)
-    return Transport("fake", peer, peer, lambda _: peer.close(), peer)
+    return Transport("fake", peer, peer, lambda _: peer.close(), peer, reach="itself")

@@ -132,4 +132,4 @@ def create(host: Host, hub: Hub | None = None) -> Transport:
     """The memory transport; `hub` defaults to one for the whole process. Raises ConfigError for device memory."""
     hub = hub or DEFAULT_HUB
     planes = MemoryPlanes(host, hub)
-    return Transport("memory", planes, planes, lambda _: planes.close(), hub.rendezvous.client())
+    return Transport("memory", planes, planes, lambda _: planes.close(), hub.rendezvous.client(), reach="process")

@@ -55,4 +55,4 @@ def create(host: Host, scheme: str = "tcp", directory: str = "", control_port: i
         if scheme == "ipc":  # ZeroMQ leaves the file of a socket that was bound by name
             Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
-    return Transport("zmq", control, data, close)
+    return Transport("zmq", control, data, close, reach="hosts" if scheme == "tcp" else "host")

@@ -22,6 +22,8 @@ from pd_fsm.runtime.reactor import Reactor
 from pd_fsm.runtime.rendezvous import Rendezvous
 
 ENTRY_POINT_GROUP = "pd_fsm.transports"
+REACHES = ("itself", "process", "host", "hosts")
+"""A transport that plays the other side itself; between sessions of one process, of one host, and of any."""
 
 
 class ControlPlane(Protocol):
@@ -111,6 +113,8 @@ class Transport:
     data: DataPlane
     close: Callable[[int], None]
     rendezvous: Rendezvous | None = None
+    reach: str = attrs.field(default="hosts", validator=attrs.validators.in_(REACHES))
+    """How far away the other session may be."""
 
 
 Factory: TypeAlias = Callable[..., Transport]

@@ -1,0 +1,64 @@
+"""Every transport of this project passes the conformance kit, run as its users run it: a fresh pytest in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KIT = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "pd_fsm.testing.conformance"]
+RUN_S = 100  # bounds a run that should end much sooner
+IPC = {"scheme": "ipc", "directory": "{directory}"}
+
+
+def run(folder: Path, transport: str, *arguments: str, options: dict[str, Any] | None = None) -> tuple[int, str]:
+    """pytest's exit status and what it said."""
+    folder.mkdir(exist_ok=True)
+    command = [
+        *KIT,
+        "-p",
+        "pd_fsm.testing.conformance.plugin",
+        f"--pd-fsm-transport={transport}",
+        f"--pd-fsm-transport-options={json.dumps(options or {})}",
+        *arguments,
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=RUN_S, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("transport", "options"), [("memory", {}), ("zmq", {}), ("zmq", IPC)], ids=["memory", "zmq-tcp", "zmq-ipc"]
+)
+def test_a_built_in_transport_conforms(tmp_path: Path, transport: str, options: dict[str, Any]) -> None:
+    status, said = run(tmp_path / "run", transport, options=options)
+    assert status == 0, said
+    assert "skipped" not in said
+
+
+def test_what_does_not_apply_is_said(tmp_path: Path) -> None:
+    status, said = run(tmp_path / "run", "fake")
+    assert "not applicable" in said
+    assert "it plays the other side itself" in said
+    assert "failed" not in said, status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--pd-fsm-transport=no_such_module:create"], "'no_such_module:create' cannot be found: No module named 'no_such_module'"),
+        (["--pd-fsm-transport=json:__doc__"], "is a str, not a factory"),
+        (["--pd-fsm-transport=pigeon"], "no transport 'pigeon'"),
+        (["--pd-fsm-transport=zmq", "--pd-fsm-transport-options={"], "is no JSON"),
+        (["--pd-fsm-transport=zmq", "--pd-fsm-transport-options=[]"], "must be a JSON object"),
+        ([], "give --pd-fsm-transport=module:factory"),
+    ],
+)
+def test_a_command_that_cannot_work_says_why(tmp_path: Path, arguments: list[str], complaint: str) -> None:
+    command = [*KIT, "-p", "pd_fsm.testing.conformance.plugin", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=RUN_S, check=False)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert complaint in done.stdout + done.stderr
