@@ -351,16 +351,24 @@ def drop_rejections(session: SessionCore, peer: bytes) -> None:
 
 def on_drained(session: SessionCore, source: bytes, message: wire.Drained) -> None:
     session.emit(ev.Send(source, wire.DrainedAck(message.room, message.generation)))
-    awaited = session.answered("abort", source, message.generation)
     link = session.links.get((source, message.generation))
-    if link is None or link.room.room != message.room:
-        if not awaited:
-            session.counts["late.drained"] += 1
+    known = link is not None and link.room.room == message.room
+    if _asked(session, source, message):
+        session.answered("abort", source, message.generation)
+    elif not known:
+        session.counts["late.drained"] += 1
+    if link is None or not known:
         return
     if link.room.live:
         name = session.peer_name(source)
         session.fail(link.room, ev.Failure("peer_failed", f"{name} gave the room up", name))
     writer_gone(session, link)
+
+
+def _asked(session: SessionCore, source: bytes, message: wire.Drained) -> bool:
+    """Whether this Drained answers an Abort: one of another room must not end its repetition."""
+    repeated = session.timers.repeats.get(("abort", source, message.generation))
+    return repeated is not None and isinstance(repeated.message, wire.Abort) and repeated.message.room == message.room
 
 
 def writer_dead(session: SessionCore, link: Link) -> None:

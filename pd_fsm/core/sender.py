@@ -424,9 +424,9 @@ def _failed_verdict(room: int, generation: int, failure: ev.Failure, nbytes: int
 
 
 def on_verdict_ack(session: SessionCore, peer: Peer, message: wire.VerdictAck) -> None:
-    session.answered("verdict", peer.incarnation, message.generation)
     link = session.links.get((peer.incarnation, message.generation))
-    if link is not None and not link.room.live:
+    if link is not None and link.room.room == message.room and not link.room.live:
+        session.answered("verdict", peer.incarnation, message.generation)
         link.verdict_acked = True
         quiesce(session, link)
 
@@ -435,6 +435,9 @@ def on_abort(session: SessionCore, source: bytes, message: wire.Abort) -> None:
     """Decode gives the room up. It learns when nothing can touch its pages any more, even from a session that forgot it."""
     peer = session.peers.get(source)
     link = session.links.get((source, message.generation))
+    if link is not None and link.room.room != message.room:  # it names a transfer that is none of it
+        session.counts["unexpected.Abort"] += 1
+        return
     if link is None:  # nothing of this generation is outstanding, and from now on nothing can be
         if peer is not None:
             session.registry.drop_early(source, message.room, message.generation)
@@ -461,9 +464,9 @@ def peer_failure(cause: str, reason: str, name: str) -> ev.Failure:
 
 
 def on_drained_ack(session: SessionCore, peer: Peer, message: wire.DrainedAck) -> None:
-    session.answered("drained", peer.incarnation, message.generation)
     link = session.links.get((peer.incarnation, message.generation))
-    if link is not None and link.drain_asked and not link.ops:
+    if link is not None and link.room.room == message.room and link.drain_asked and not link.ops:
+        session.answered("drained", peer.incarnation, message.generation)
         link.drain_acked = True
         quiesce(session, link)
 

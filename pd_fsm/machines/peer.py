@@ -25,7 +25,6 @@ FACTS: dict[str, str] = {}
 ROWS = (
     {"trigger": "welcome", "source": PeerState.CONNECTING, "dest": PeerState.READY},
     {"trigger": "refuse", "source": PeerState.CONNECTING, "dest": PeerState.REFUSED},
-    {"trigger": "heard", "source": PeerState.READY, "dest": None},
     {"trigger": "heard", "source": PeerState.SUSPECT, "dest": PeerState.READY},
     {"trigger": "silent", "source": PeerState.READY, "dest": PeerState.SUSPECT},
     {
@@ -43,6 +42,7 @@ LATE = {
     ("refuse", (PeerState.READY, PeerState.SUSPECT)): "the handshake had already succeeded",
     ("refuse", TERMINAL): "the peer had already been given up",
     ("heard", (PeerState.CONNECTING,)): "only the handshake makes a peer ready",
+    ("heard", (PeerState.READY,)): "it was not suspected",
     ("heard", TERMINAL): "a sign of life from a peer that was given up; it is met anew by a new handshake",
     ("silent", (PeerState.CONNECTING,)): "a peer that never answered has its own deadline",
     ("silent", (PeerState.SUSPECT,)): "already suspected",
