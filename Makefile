@@ -8,7 +8,7 @@ NIXL   ?= nixl==1.5.1 nixl-cu12==1.5.1  # runs on a CPU, too; without its depend
 SOURCES := pd_fsm transports examples benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-transports demo test lint types unit conformance scenarios race chaos docs docs-check bench build clean
+.PHONY: help setup setup-transports demo test lint types unit conformance scenarios race chaos check mutate docs docs-check bench build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -54,6 +54,12 @@ scenarios: setup  ## replay every recorded race on the core, and on the real run
 
 race: setup  ## simulate 500 fleets under faults; ARGS="--sim --seed 4711 --minimise" repeats one (1 min)
 	$(BIN)/pd-fsm race $(or $(ARGS),--sim --seeds 500 --jobs 2)
+
+check: setup  ## explore every interleaving of small worlds of real cores; ARGS="smallest losses=1" for one of your own (2 min)
+	$(BIN)/pd-fsm check $(ARGS)
+
+mutate: setup  ## change the declared machines in every way, and see who notices (3 min)
+	$(BIN)/python -m pd_fsm.testing.mutate tests/scenarios $(ARGS)
 
 chaos: setup  ## kill, stop, cut and restart real processes, then look for lost rooms and pages (3 min)
 	$(BIN)/python -m pd_fsm.testing.chaos $(ARGS)

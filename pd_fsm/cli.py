@@ -58,6 +58,12 @@ def _race(_: argparse.Namespace, rest: list[str]) -> int:
     return race.main(rest)
 
 
+def _check(_: argparse.Namespace, rest: list[str]) -> int:
+    from pd_fsm.testing import explore
+
+    return explore.main(rest)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pd-fsm", description="The session layer of disaggregated LLM serving.")
     parser.add_argument("--version", action="version", version=f"pd-fsm {__version__}")
@@ -73,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     command("demo", _demo, "a real prefill/decode engine hands its KV cache over, and the answers are checked", add_help=False)
     command("race", _race, "look for races: simulate real sessions under faults and a virtual clock", add_help=False)
     command("bench", _bench, "measure the session layer beside what a user would use instead", add_help=False)
+    command("check", _check, "explore every interleaving of small worlds of real session cores", add_help=False)
 
     server = command("bootstrap", _bootstrap, "the HTTP bootstrap server, where decode ranks find prefill ranks")
     server.add_argument("--host", default="127.0.0.1", help="address to bind (default %(default)s)")
@@ -98,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit status; 2 for a wrong setting, with the reason on stderr."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("demo", "bench", "race"):
+    if rest and args.command not in ("demo", "bench", "check", "race"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status: int = args.run(args, rest)

@@ -21,6 +21,7 @@ Commands, with A for an actor, R for a room number, W for a write such as P:1:
                                                                            prefill actors are data-parallel ranks, unless
           [tp]                                                             actors of a role are tensor-parallel ranks, or
           [writers]                                                        each decode room has all prefill actors as its writers
+    world explored SCOPE [NAME=VALUE ...]                                  a schedule of the explorer: see pd_fsm/testing/story.py
     A open R [pages=1,2] [aux=N] [prefix=N] [tokens=N] [dp=N] [readers=N]  decode: pages, none is `pages=`, later is no `pages`
     A grant R pages=1,2 [aux=N] [prefix=N] [tokens=N]                      the pages of a room that was opened without
     A chunk R 0..32 pages=1,2 [last] [aux=N]
@@ -62,6 +63,7 @@ from pd_fsm.core.settings import Deadlines, Limits
 from pd_fsm.errors import LocalProtocolError
 from pd_fsm.machines import Phase
 from pd_fsm.testing.ranks import Group
+from pd_fsm.testing.story import Replay, scope_of
 from pd_fsm.testing.world import Actor, Rule, Violation, World, pages
 
 
@@ -126,12 +128,18 @@ class Scenario:
         self.groups: dict[str, Group] = {}  # by actor
         self.begun = False
         self.expectations = 0
+        self.replay: Replay | None = None
 
     def execute(self, text: str) -> list[str]:
         """One line. Returns what the world logged."""
         if not text or text.startswith("#"):
             return []
         words = shlex.split(text)
+        if words[0] == "world" and words[1:2] == ["explored"]:
+            self.replay = Replay(scope_of(words[2:]))
+            return []
+        if self.replay is not None:
+            return self._explored(self.replay, text)
         if words[0] == "world":
             self._make_world(words[1:])
             return []
@@ -148,6 +156,16 @@ class Scenario:
         if words[0] not in ("expect", "hold", "lose", "duplicate", "cut"):
             self.world.settle()
         return folded(self.world.log)
+
+    def _explored(self, replay: Replay, text: str) -> list[str]:
+        if not text.startswith("expect "):
+            return replay.act(text)
+        self.expectations += 1
+        if text != "expect rest":
+            raise ScenarioError("of a schedule of the explorer only `expect rest` can be asked; its properties hold in every step")
+        if not replay.at_rest():
+            raise ScenarioError("the world is not at rest")
+        return []
 
     def _make_world(self, words: list[str]) -> None:
         given = _options(words)
