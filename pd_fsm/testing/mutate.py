@@ -2,9 +2,9 @@
 
 Each mutant is one change of a compiled table: a row dropped, a guard dropped or negated, a target changed, an empty cell filled.
 The definition check and the comparison with `transitions` notice nearly all of them, because the table is no longer what was
-declared; that says nothing about the properties. So every mutant must also be killed without a look at the declaration, by what a machine
-must never do, by a scenario or by the explorer, or be listed in `SURVIVORS` with the reason why nothing can tell it from the
-original. A listed mutant that is killed after all is an error, too: the list stays true.
+declared; that says nothing about the properties. So every mutant must also be killed without a look at the declaration, by what
+a machine must never do, by a scenario or by the explorer, or be listed in `SURVIVORS` with the reason why nothing can tell it from
+the original. A listed mutant that is killed after all is an error, too: the list stays true.
 
 The core looks at the phase before it asks the table in many places, so a filled cell that nobody asks is out of reach of scenarios
 and explorer. Which cells are asked is measured; only the properties of the machine itself, under every event in every state, can

@@ -89,7 +89,7 @@ SCOPES = (
     ),
     Scope(name="silence", about="one side gives the other up though it lives", silences=1, states=34_848, edges=160_085),
     Scope(name="handshake", about="nobody knows anybody, a frame is lost", met=False, losses=1, states=11_618, edges=57_027),
-    Scope(name="grant", about="decode reserves its pages late", granted_late=True, states=7_192, edges=32_051),
+    Scope(name="grant", about="decode reserves its pages late", granted_late=True, states=7_204, edges=32_101),
     Scope(
         name="vouch",
         about="a data plane that vouches for its revokes, aborts",
