@@ -183,7 +183,7 @@ class WriteDone(msgspec.Struct, frozen=True):
 
 
 class WriteFailed(msgspec.Struct, frozen=True):
-    """The operation failed, and nothing more of it can land."""
+    """The operation failed, and nothing more of it can land; where the reader's plane vouches for `revoke`, from then on."""
 
     op: int
     reason: str

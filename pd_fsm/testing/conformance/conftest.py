@@ -13,8 +13,8 @@ from types import FrameType
 import pytest
 
 from pd_fsm.testing.conformance.engines import World
-from pd_fsm.testing.conformance.plugin import TARGET
-from pd_fsm.testing.conformance.target import Target
+from pd_fsm.testing.conformance.plugin import CAPABILITIES, TARGET
+from pd_fsm.testing.conformance.target import Capabilities, Target
 
 TEST_S = 60
 """How long a test may take before it is ended: a call that blocks must fail its test, not stop the run."""
@@ -45,6 +45,12 @@ def deadline() -> Iterator[None]:
 def target(pytestconfig: pytest.Config) -> Target:
     """The transport under test."""
     return pytestconfig.stash[TARGET]
+
+
+@pytest.fixture
+def capabilities(pytestconfig: pytest.Config) -> Capabilities:
+    """What it declares."""
+    return pytestconfig.stash[CAPABILITIES]
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from pd_fsm.testing.conformance.target import PORT, Capabilities, Target, parse_
 
 FOLDER = Path(__file__).parent
 TARGET = pytest.StashKey[Target]()
+CAPABILITIES = pytest.StashKey[Capabilities]()
 _NOT_APPLICABLE = pytest.StashKey["Counter[str]"]()
-_CAPABILITIES = pytest.StashKey[Capabilities]()
 
 NEEDS: dict[str, tuple[str, Callable[[Capabilities], bool]]] = {
     "peer": ("it plays the other side itself (reach 'itself')", lambda can: can.reach != "itself"),
@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     except Exception as error:
         named = config.getoption("--pd-fsm-transport")
         raise pytest.UsageError(f"transport {named} cannot be made on loopback with host memory: {error!r}") from error
-    config.stash[_CAPABILITIES] = can
+    config.stash[CAPABILITIES] = can
     reasons = {item: lack(item, can, config.getoption("--pd-fsm-two-processes")) for item in ours}
     left_out = [item for item in ours if reasons[item]]
     if left_out:
@@ -109,9 +109,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def summary(config: pytest.Config) -> Iterator[str]:
-    if _CAPABILITIES not in config.stash:
+    if CAPABILITIES not in config.stash:
         return
-    can = config.stash[_CAPABILITIES]
+    can = config.stash[CAPABILITIES]
     yield (
         f"pd-fsm transport: reach {can.reach!r}, notifies {can.notifies}, revoke vouches {can.vouches}, "
         f"residual {can.residual_ms:g} ms, descriptor {can.described}"
