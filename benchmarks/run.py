@@ -19,7 +19,7 @@ import numpy as np
 import zmq
 
 import pd_fsm
-from pd_fsm.benchmarks import bulk, core, pairs, poll, room
+from pd_fsm.benchmarks import bulk, core, pairs, poll, room, transports
 from pd_fsm.benchmarks.rows import Row, table
 
 
@@ -29,7 +29,7 @@ class Group(Protocol):
     def __call__(self, *, quick: bool = False) -> list[Row]: ...
 
 
-GROUPS: dict[str, Group] = {"core": core.run, "poll": poll.run, "room": room.run, "bulk": bulk.run}
+GROUPS: dict[str, Group] = {"core": core.run, "poll": poll.run, "room": room.run, "bulk": bulk.run, "transports": transports.run}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ RESIDUAL_MS = 500.0
 LOST = (State.DISCONNECTED, "NIXL lost the connection")
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, slots=False)
 class ScriptedAgent:
     """Handles are numbers in the order of `make_*`; `posts` and `ends` say how each post and check ends, POSTED unless set."""
 
@@ -112,8 +112,9 @@ class Bench:
         scattered = pack_pages(range(0, 2 * pages, 2))
         return make_plan(self.layout, (("kv", scattered, numbers),), (0, 1) if aux else None)
 
-    def write(self, op: int, pages: int = 1, peer: bytes = PEER, notice: bytes = b"") -> None:
-        self.writer.begin_write(op, peer, self.plan(pages), notice)
+    def write(self, op: int, pages: int = 1, peer: bytes = PEER, notice: bytes = b"", generation: int | None = None) -> None:
+        """In a room of its own, unless `generation` says otherwise."""
+        self.writer.begin_write(op, peer, op if generation is None else generation, self.plan(pages), notice)
 
     def up(self, peer: bytes = PEER, seal: bytes | None = None) -> None:
         name = agent_name(peer).encode()
@@ -190,7 +191,7 @@ def test_a_transfer_that_was_refused_before_it_began_is_a_failure(bench: Bench) 
 def test_a_plan_beyond_the_peers_memory_is_never_made(bench: Bench) -> None:
     plan = bench.plan(2)
     far = attrs.evolve(plan, destination=plan.destination + 63 * 4096)
-    bench.writer.begin_write(7, PEER, far, b"")
+    bench.writer.begin_write(7, PEER, 7, far, b"")
     bench.rounds()
     (failed,) = bench.said
     assert isinstance(failed, ev.WriteFailed)
@@ -302,7 +303,9 @@ def test_a_handle_that_the_library_does_not_release_changes_no_outcome(bench: Be
     bench.agent.end(1)
     bench.agent.end(2, how=LOST)
     bench.rounds()
-    assert bench.said == [ev.WriteDone(7, 4096), ev.WriteUnknown(8, "NIXL lost the connection")]
+    assert len(bench.said) == 2
+    assert ev.WriteDone(7, 4096) in bench.said
+    assert ev.WriteUnknown(8, "NIXL lost the connection") in bench.said
 
 
 # --- cancel, and peers that go -----------------------------------------------------------------------------------------------
@@ -425,6 +428,30 @@ def test_rooms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench.said == [ev.WriteDone(8, 4096)], "the small room does not wait for the large one"
 
 
+def test_chunks_of_one_room_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking turns, all of them would end late."""
+    monkeypatch.setattr(nixl_writer, "TRANSFER_BYTES_MAX", 4096)
+    bench = make_bench()
+    bench.up()
+    bench.agent.posts = dict.fromkeys(range(1, 50), (State.DONE, ""))
+    for op in (7, 8, 9):
+        bench.write(op, pages=3, generation=1)
+    bench.write(10, pages=3, generation=2)
+    bench.rounds(7)
+    assert bench.said == [ev.WriteDone(7, 3 * 4096), ev.WriteDone(10, 3 * 4096)]
+    bench.rounds(6)
+    assert bench.said[2:] == [ev.WriteDone(8, 3 * 4096), ev.WriteDone(9, 3 * 4096)]
+
+
+def test_a_cancelled_chunk_leaves_its_rooms_others(bench: Bench) -> None:
+    bench.agent.posts = dict.fromkeys(range(1, 50), (State.DONE, ""))
+    for op in (7, 8, 9):
+        bench.write(op, generation=1)
+    bench.writer.cancel(8)
+    bench.rounds()
+    assert bench.said == [ev.WriteFailed(8, "cancelled"), ev.WriteDone(7, 4096), ev.WriteDone(9, 4096)]
+
+
 def test_peers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nixl_writer, "TRANSFER_BYTES_MAX", 4096)
     bench = make_bench()
@@ -465,6 +492,23 @@ def test_a_notice_goes_with_the_last_transfer_once_the_others_have_ended(monkeyp
     assert [call[2] for call in bench.agent.calls if call[0] == "post"] == [b"", b"", b"placed"]
 
 
+def test_an_outcome_waits_for_the_next_post_at_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl_writer, "TRANSFER_BYTES_MAX", 4096)
+    bench = make_bench()
+    bench.up()
+    bench.agent.posts[1] = (State.DONE, "")
+    heard: list[int] = []
+    post = bench.agent.post
+    bench.agent.post = lambda handle, notice: (heard.append(len(bench.said)), post(handle, notice))[1]  # type: ignore[method-assign]
+    bench.write(7, generation=1)
+    bench.write(8, pages=2, generation=1)
+    bench.rounds(3)
+    assert heard == [0, 1, 1], "it was told before the next post began"
+    bench.agent.end(2, 3)
+    bench.rounds(1)
+    assert bench.said == [ev.WriteDone(7, 4096), ev.WriteDone(8, 2 * 4096)]
+
+
 # --- at once -----------------------------------------------------------------------------------------------------------------
 
 
@@ -478,7 +522,7 @@ def warm(bench: Bench) -> Bench:
 
 def test_a_small_write_over_a_warm_connection_is_made_at_once(bench: Bench) -> None:
     warm(bench)
-    assert bench.writer.write_now(7, PEER, bench.plan(2), b"")
+    assert bench.writer.write_now(7, PEER, 7, bench.plan(2), b"")
     assert bench.said == [ev.WriteDone(7, 2 * 4096)]
     assert bench.writer.idle()
 
@@ -497,17 +541,17 @@ def test_otherwise_it_is_left_to_the_thread_untouched(bench: Bench, spoil: Calla
     warm(bench)
     spoil(bench)
     bench.said.clear()
-    assert not bench.writer.write_now(7, PEER, bench.plan(1), b"")
+    assert not bench.writer.write_now(7, PEER, 7, bench.plan(1), b"")
     assert bench.said == []
     assert bench.writer.counts["now"] == 0
 
 
 def test_a_large_write_is_never_made_at_once() -> None:
     bench = warm(met(make_bench(page_bytes=nixl_writer.NOW_BYTES_MAX)))
-    assert bench.writer.write_now(7, PEER, bench.plan(1), b"")
-    assert not bench.writer.write_now(8, PEER, bench.plan(2), b"")
+    assert bench.writer.write_now(7, PEER, 7, bench.plan(1), b"")
+    assert not bench.writer.write_now(8, PEER, 8, bench.plan(2), b"")
     small = warm(met(make_bench(page_bytes=8, pages=256)))
-    assert not small.writer.write_now(8, PEER, small.plan(nixl_writer.NOW_COPIES_MAX + 1), b"")
+    assert not small.writer.write_now(8, PEER, 8, small.plan(nixl_writer.NOW_COPIES_MAX + 1), b"")
 
 
 def met(bench: Bench) -> Bench:
@@ -518,7 +562,7 @@ def met(bench: Bench) -> Bench:
 def test_one_that_does_not_end_at_once_is_left_outstanding(bench: Bench) -> None:
     warm(bench)
     bench.agent.posts.clear()
-    assert bench.writer.write_now(7, PEER, bench.plan(1), b"")
+    assert bench.writer.write_now(7, PEER, 7, bench.plan(1), b"")
     assert bench.said == []
     assert not bench.writer.idle()
     bench.agent.end(2)
@@ -529,7 +573,7 @@ def test_one_that_does_not_end_at_once_is_left_outstanding(bench: Bench) -> None
 def test_one_that_loses_the_connection_leaves_work_for_the_thread(bench: Bench) -> None:
     warm(bench)
     bench.agent.posts[2] = LOST
-    assert bench.writer.write_now(7, PEER, bench.plan(1), b"")
+    assert bench.writer.write_now(7, PEER, 7, bench.plan(1), b"")
     assert bench.said == [ev.WriteUnknown(7, "NIXL lost the connection")]
     assert not bench.writer.idle()
     bench.rounds()

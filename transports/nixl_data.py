@@ -82,12 +82,12 @@ class NixlData:
         if self._writer is not None:
             self._tell(lambda writer: writer.end_lane(peer))
 
-    def submit(self, op: int, peer: bytes, generation: int, plan: Plan, notice: bytes) -> None:  # noqa: ARG002 - nobody checks it
+    def submit(self, op: int, peer: bytes, generation: int, plan: Plan, notice: bytes) -> None:
         assert self._writer is not None, "only prefill writes"
         notice = notice if self._notifications else b""
         if not self._commands and self._busy.acquire(blocking=False):
             try:
-                done = self._writer.write_now(op, peer, plan, notice)
+                done = self._writer.write_now(op, peer, generation, plan, notice)
                 idle = self._writer.idle()
             finally:
                 self._busy.release()
@@ -95,7 +95,7 @@ class NixlData:
                 if not idle:
                     self._wake.set()
                 return
-        self._tell(lambda writer: writer.begin_write(op, peer, plan, notice))
+        self._tell(lambda writer: writer.begin_write(op, peer, generation, plan, notice))
 
     def cancel(self, op: int) -> None:
         assert self._writer is not None, "only prefill writes"

@@ -42,6 +42,7 @@ class Write:
 
     op: int
     lane: Lane
+    generation: int
     plan: Plan
     notice: bytes
     rest: deque[Blocks] | None = None
@@ -71,7 +72,8 @@ class Lane:
     warm: bool = False  # a transfer has ended well on this connection
     failed: bool = False  # the connection broke: nothing is posted until it was made anew
     stale: bool = False  # what was loaded is not what the peer says now: the same, once its transfers have ended
-    queue: deque[Write] = attrs.field(factory=deque)
+    queue: dict[int, deque[Write]] = attrs.field(factory=dict)
+    """What is not all posted yet, by generation: the rooms take turns, the chunks of one keep their order."""
     posted: list[Transfer] = attrs.field(factory=list)
     in_flight_bytes: int = 0
     in_doubt: list[Write] = attrs.field(factory=list)  # their connection may still deliver bytes
@@ -80,6 +82,10 @@ class Lane:
     def open(self) -> bool:
         """Whether transfers may be posted."""
         return self.route is not None and self.descriptor is not None and not self.failed and not self.stale
+
+    def waiting(self) -> list[Write]:
+        """Every write of which something is not posted."""
+        return [write for writes in self.queue.values() for write in writes]
 
     @property
     def busy(self) -> bool:
@@ -111,6 +117,7 @@ class Writer:
         self._active: dict[bytes, Lane] = {}  # those where something is to do
         self._writes: dict[int, Write] = {}
         self._settling: deque[tuple[float, list[Write]]] = deque()
+        self._done: list[ev.WriteDone] = []
         kinds = [kind for kind in range(len(MEMS)) if (memory.mem == kind).any()]
         self._prepared = {kind: agent.prepare("", MEMS[kind], memory.rows(kind)) for kind in kinds}
 
@@ -123,7 +130,7 @@ class Writer:
         for lane in list(self._active.values()):
             worked = self._poll(lane) or worked
             self._mend(lane)
-        left = TRANSFER_BYTES_MAX
+        left, more = TRANSFER_BYTES_MAX, False
         for peer, lane in list(self._active.items()):
             posted = self._post_next(lane) if left > 0 else 0
             if posted or not lane.busy:
@@ -131,13 +138,22 @@ class Writer:
             if posted and lane.busy:
                 self._active[peer] = lane  # at the end of the queue
             left -= posted
-            worked = worked or posted > 0
+            worked, more = worked or posted > 0, more or (posted > 0 and bool(lane.queue))
         if self._settling:
             self._agent.progress()  # lets the library finish closing what failed
             while self._settling and self._settling[0][0] <= self._clock():
                 for write in self._settling.popleft()[1]:
                     self._settled(write)
+        if not more:
+            self.tell()
         return worked
+
+    def tell(self) -> None:
+        """Hand over the good outcomes that wait. They do while there is more to post, until just before it is: whoever they wake
+        then works beside the copy, instead of keeping the interpreter from beginning it."""
+        done, self._done = self._done, []
+        for event in done:
+            self._host.emit(event)
 
     def idle(self) -> bool:
         """Whether no round is due before something is begun, or `settles_in_s` is over."""
@@ -182,7 +198,7 @@ class Writer:
             return
         lane.descriptor = None
         self._active[peer] = lane
-        for write in [*lane.queue, *{transfer.write.op: transfer.write for transfer in lane.posted}.values()]:
+        for write in [*lane.waiting(), *{transfer.write.op: transfer.write for transfer in lane.posted}.values()]:
             self._stop(write, "the peer was given up")
             if write.posted:
                 self._report_unknown(write, "the peer was given up while it was on its way")
@@ -202,7 +218,7 @@ class Writer:
             self.counts["refused"] += 1
             self._host.emit(ev.PeerUnreachable(lane.peer, f"it cannot be written to: {error}", dead=False))
             lane.descriptor = None
-            for write in list(lane.queue):
+            for write in lane.waiting():
                 self._stop(write, f"the peer cannot be written to: {error}")
 
     def _mend(self, lane: Lane) -> None:
@@ -228,17 +244,17 @@ class Writer:
 
     # --- writes ----------------------------------------------------------------------------------------------------------
 
-    def begin_write(self, op: int, peer: bytes, plan: Plan, notice: bytes) -> None:
+    def begin_write(self, op: int, peer: bytes, generation: int, plan: Plan, notice: bytes) -> None:
         """Queue a write. `notice`, unless empty, goes with its last bytes."""
         lane = self._lanes.get(peer)
         if lane is None or lane.descriptor is None:
             self._host.emit(ev.WriteFailed(op, "there is no connection to the peer"))
             return
-        write = self._writes[op] = Write(op, lane, plan, notice)
-        lane.queue.append(write)
+        write = self._writes[op] = Write(op, lane, generation, plan, notice)
+        lane.queue.setdefault(generation, deque()).append(write)
         self._active[peer] = lane
 
-    def write_now(self, op: int, peer: bytes, plan: Plan, notice: bytes) -> bool:
+    def write_now(self, op: int, peer: bytes, generation: int, plan: Plan, notice: bytes) -> bool:
         """Write at once where that takes next to no time. False when it would; then nothing was done."""
         lane = self._lanes.get(peer)
         if lane is None or not lane.warm or lane.queue or lane.posted or not lane.open:
@@ -246,7 +262,7 @@ class Writer:
         if plan.total_bytes > NOW_BYTES_MAX or len(plan) > NOW_COPIES_MAX:
             return False
         self.counts["now"] += 1
-        self.begin_write(op, peer, plan, notice)
+        self.begin_write(op, peer, generation, plan, notice)
         for _ in range(NOW_ROUNDS):
             self._post_next(lane)
             if op not in self._writes:
@@ -254,6 +270,7 @@ class Writer:
             self._poll(lane)
         if not lane.busy:
             self._active.pop(peer, None)
+        self.tell()
         return True
 
     def cancel(self, op: int) -> None:
@@ -264,34 +281,38 @@ class Writer:
     def _stop(self, write: Write, why: str) -> None:
         """Post nothing more of it. Its outcome comes when what is posted has ended."""
         write.error = write.error or why
-        if write in write.lane.queue:
-            write.lane.queue.remove(write)
+        queue = write.lane.queue.get(write.generation, ())
+        if write in queue:
+            write.lane.queue[write.generation] = deque(other for other in queue if other is not write)
+            if len(queue) == 1:
+                del write.lane.queue[write.generation]
         write.rest = deque()
         self._finish_if_done(write)
 
     def _post_next(self, lane: Lane) -> int:
-        """Post a transfer of the operation whose turn it is, and return its bytes. 0 when there is none, or no room for it."""
+        """Post a transfer of the room whose turn it is, and return its bytes. 0 when there is none, or no room for it."""
         if not lane.open:
             return 0
-        for _ in range(len(lane.queue)):
-            write = lane.queue.popleft()
+        for generation in list(lane.queue):
+            write = lane.queue[generation][0]
             if write.rest is None:
                 self._translate(write)
-                if not write.rest:
-                    self._finish_if_done(write)
-                    return 1
-            assert write.rest is not None
+            if not write.rest:
+                self._stop(write, write.error)
+                return 1
             last = len(write.rest) == 1
             if last and write.notice and write.posted:  # a notice speaks for all of the operation
-                lane.queue.append(write)
                 continue
             nbytes = int(write.rest[0].nbytes.sum())
             if lane.in_flight_bytes and lane.in_flight_bytes + nbytes > self._host.limits.in_flight_bytes_max:
-                lane.queue.appendleft(write)
                 return 0
-            self._post(write, write.rest.popleft(), nbytes, write.notice if last else b"")
-            if write.rest:
-                lane.queue.append(write)
+            writes = lane.queue.pop(generation)
+            blocks = write.rest.popleft()
+            if last:
+                writes.popleft()
+            if writes:
+                lane.queue[generation] = writes  # behind the others
+            self._post(write, blocks, nbytes, write.notice if last else b"")
             return nbytes
         return 0
 
@@ -312,14 +333,13 @@ class Writer:
         try:
             handle = self._make(lane, blocks)
         except WireError as error:  # nothing of this transfer has begun
-            write.rest = deque()
-            write.error = write.error or str(error)
-            self._finish_if_done(write)
+            self._stop(write, str(error))
             return
         self.counts["transfers"] += 1
         transfer = Transfer(handle, nbytes, write)
         write.posted += 1
         lane.in_flight_bytes += nbytes
+        self.tell()
         state, reason = self._agent.post(handle, notice)
         if state is State.POSTED:
             lane.posted.append(transfer)
@@ -399,4 +419,4 @@ class Writer:
         elif write.error:
             self._host.emit(ev.WriteFailed(write.op, write.error))
         else:
-            self._host.emit(ev.WriteDone(write.op, write.plan.total_bytes, notified=False))
+            self._done.append(ev.WriteDone(write.op, write.plan.total_bytes, notified=False))
