@@ -31,9 +31,15 @@ def run(folder: Path, transport: str, *arguments: str, options: dict[str, Any] |
 
 
 @pytest.mark.parametrize(
-    ("transport", "options"), [("memory", {}), ("zmq", {}), ("zmq", IPC)], ids=["memory", "zmq-tcp", "zmq-ipc"]
+    ("transport", "options"),
+    [("memory", {}), ("zmq", {}), ("zmq", IPC), ("nixl", {"control_port": "{port}"})],
+    ids=["memory", "zmq-tcp", "zmq-ipc", "nixl"],
 )
-def test_a_built_in_transport_conforms(tmp_path: Path, transport: str, options: dict[str, Any]) -> None:
+def test_a_built_in_transport_conforms(
+    tmp_path: Path, transport: str, options: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    if transport == "nixl":
+        request.getfixturevalue("nixl_library")
     status, said = run(tmp_path / "run", transport, options=options)
     assert status == 0, said
     assert "skipped" not in said

@@ -16,7 +16,7 @@ import pd_fsm
 from pd_fsm import Phase
 from pd_fsm.runtime.bootstrap import BootstrapServer
 from tests.engine_process import PAGE_BYTES, PAGE_SIZE, PAGES, EngineProcess, make_buffer
-from tests.live import until
+from tests.live import threads, until
 from tests.test_faults import CANARY, Local, chunk, local
 
 OPTIONS: dict[str, Any] = {"residual_ms": 200.0}
@@ -134,4 +134,5 @@ def test_a_session_that_closes_over_a_stopped_peer_ends_in_time(
         began = time.monotonic()
         prefill.session.close(0.2)
         assert time.monotonic() - began < 5.0
+        assert not [name for name in threads() if "nixl" in name]
         process.resume()

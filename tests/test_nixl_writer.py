@@ -5,6 +5,7 @@ The statuses that it gives, and when, are those that the library was seen to giv
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -20,10 +21,12 @@ from pd_fsm.errors import WireError
 from pd_fsm.kv import Plan, make_plan
 from pd_fsm.runtime.reactor import Reactor
 from pd_fsm.runtime.transport import Host
-from pd_fsm.transports import nixl_writer
+from pd_fsm.transports import nixl_data, nixl_writer
 from pd_fsm.transports.nixl_agent import Agent, State, Telemetry
+from pd_fsm.transports.nixl_data import NixlData
 from pd_fsm.transports.nixl_memory import agent_name, local_memory, pack_descriptor
 from pd_fsm.transports.nixl_writer import Writer
+from tests.live import until
 
 PEER, OTHER, SELF = b"D" * 16, b"E" * 16, b"P" * 16
 RESIDUAL_MS = 500.0
@@ -88,6 +91,9 @@ class ScriptedAgent:
 
     def progress(self) -> dict[str, list[bytes]]:
         return {}
+
+    def close(self) -> None:
+        self.calls.append(("close",))
 
     def end(self, *handles: int, how: tuple[State, str] = (State.DONE, "")) -> None:
         self.ends |= dict.fromkeys(handles, how)
@@ -214,7 +220,8 @@ def test_an_error_is_unknown_and_settles_when_the_connection_is_closed_and_the_n
     bench.agent.end(1, how=LOST)
     bench.rounds()
     assert bench.said == [ev.WriteUnknown(7, "NIXL lost the connection")]
-    assert ("remove", agent_name(PEER)) in bench.agent.calls, "the connection is closed"
+    closed = [("forget", 2), ("remove", agent_name(PEER))]
+    assert [call for call in bench.agent.calls if call in closed] == closed, "its list is released, the connection is closed"
     assert bench.writer.settles_in_s() == pytest.approx(RESIDUAL_MS / 1e3)
     bench.clock[0] += RESIDUAL_MS / 1e3 - 0.01
     bench.rounds()
@@ -252,6 +259,7 @@ def test_an_error_that_left_the_connection_alive_proves_nothing_ever(bench: Benc
     bench.clock[0] += 1e6
     bench.rounds()
     bench.writer.end_lane(PEER)
+    bench.rounds()
     bench.clock[0] += 1e6
     bench.rounds()
     assert bench.said == [ev.WriteUnknown(7, "NIXL failed (no resources)")]
@@ -580,6 +588,85 @@ def test_one_that_loses_the_connection_leaves_work_for_the_thread(bench: Bench) 
     bench.clock[0] += 1
     bench.rounds()
     assert bench.said[1:] == [ev.WriteSettled(7)]
+
+
+# --- the thread --------------------------------------------------------------------------------------------------------------
+
+
+def test_close_posts_nothing_more_and_destroys_the_agent(bench: Bench) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    bench.agent.posts = dict.fromkeys(range(1, 50), (State.DONE, ""))
+    post = bench.agent.post
+
+    def slow(handle: int, notice: bytes) -> tuple[State, str]:
+        begun.set()
+        assert go_on.wait(10)
+        return post(handle, notice)
+
+    bench.agent.post = slow  # type: ignore[method-assign]
+    data = plane(bench)
+    for op in range(5):
+        data.submit(op, PEER, op, bench.plan(1), b"")
+    assert begun.wait(10)
+    closing = threading.Thread(target=data.close)
+    closing.start()
+    until(lambda: data._close_at > 0, "it is being closed")
+    go_on.set()
+    closing.join(10)
+    assert bench.posted() == [1]
+    assert bench.agent.calls[-1] == ("close",)
+    data.close()
+    assert data._thread is not None
+    assert not data._thread.is_alive()
+
+
+def test_close_ends_although_a_transfer_never_does(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl_data, "CLOSE_S", 0.1)
+    data = plane(bench)
+    data.submit(1, PEER, 1, bench.plan(1), b"")
+    until(lambda: bench.posted() == [1], "it is posted")
+    data.close()
+    assert bench.agent.calls[-2:] == [("release", 1), ("close",)]
+    assert data._thread is not None
+    assert not data._thread.is_alive()
+
+
+def test_an_error_in_the_thread_is_told_and_does_not_end_it(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    data = plane(bench)
+    data._tell(lambda _: 1 / 0)  # type: ignore[arg-type, return-value]
+    bench.agent.posts = {1: (State.DONE, "")}
+    data.submit(1, PEER, 1, bench.plan(1), b"")
+    until(lambda: bench.said == [ev.WriteDone(1, 4096)], "the write is done")
+    assert "met an unexpected error and goes on" in caplog.text
+    data.close()
+
+
+def test_a_busy_thread_never_keeps_the_driver_waiting(bench: Bench) -> None:
+    data = plane(bench)
+    warm(bench)
+    with data._busy:  # as during a long post
+        data.submit(7, PEER, 7, bench.plan(1), b"")
+        data.cancel(8)
+        data.peer_down(OTHER)
+        assert bench.said == []
+    until(lambda: bench.said == [ev.WriteDone(7, 4096)], "the write is done")
+    data.close()
+
+
+@pytest.mark.parametrize(("notifications", "expected"), [(False, b""), (True, b"placed")])
+def test_notices_are_left_out_unless_they_are_wanted(bench: Bench, notifications: bool, expected: bytes) -> None:
+    data = plane(bench, notifications)
+    bench.agent.posts = {1: (State.DONE, "")}
+    data.submit(1, PEER, 1, bench.plan(1), b"placed")
+    until(lambda: bench.said == [ev.WriteDone(1, 4096)], "the write is done")
+    assert ("post", 1, expected) in bench.agent.calls
+    data.close()
+
+
+def plane(bench: Bench, notifications: bool = False) -> NixlData:
+    return NixlData(
+        bench.writer._host, cast("Agent", bench.agent), bench.writer, b"", residual_ms=RESIDUAL_MS, notifications=notifications
+    )
 
 
 # --- descriptors -------------------------------------------------------------------------------------------------------------
