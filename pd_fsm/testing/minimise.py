@@ -106,7 +106,7 @@ def _shorter_requests(search: _Search) -> None:
         lambda serve: msgspec.structs.replace(serve, chunks=(1,), prefix_pages=0),
         lambda serve: msgspec.structs.replace(serve, chunks=serve.chunks[:1], prefix_pages=0),
         lambda serve: msgspec.structs.replace(serve, aux=False, short_tokens=0, tokens_off=None),
-        lambda serve: msgspec.structs.replace(serve, grant_ms=None),
+        lambda serve: msgspec.structs.replace(serve, grant_ms=None, unasked=False),
         lambda serve: msgspec.structs.replace(serve, compute_ms=0.0, clear_ms=0.0, hold_ms=0.0),
         lambda serve: msgspec.structs.replace(serve, prefill_ms=0.0, decode_ms=(0.0,) * len(serve.decodes)),
     )

@@ -15,7 +15,7 @@ from pd_fsm.errors import LocalProtocolError
 from pd_fsm.machines import Phase
 from pd_fsm.runtime.session import Receiver, Sender
 from pd_fsm.testing.sim_agenda import Action
-from pd_fsm.testing.sim_memory import PAGE_BYTES, ROW_BYTES, STALE
+from pd_fsm.testing.sim_memory import ROW_BYTES, STALE
 from pd_fsm.testing.sim_options import PAGE_TOKENS
 from pd_fsm.testing.sim_schedule import Serve
 from pd_fsm.testing.world import Violation
@@ -116,6 +116,9 @@ class Engine:
         attempt = self._opened(serve, handle)
         attempt.pages, attempt.row, attempt.granted = pages, row, not late
         self._mark(attempt)
+        if late and serve.unasked:
+            attempt.grant_asked = True
+            self._after(serve.grant_ms or 0, lambda: self._grant(attempt))
 
     def abort(self, room: int) -> None:
         attempt = self._by_room.get(room)
@@ -169,8 +172,6 @@ class Engine:
     def _compute(self, attempt: Attempt, index: int) -> None:
         """One more chunk of the prompt is in this engine's pages."""
         serve = attempt.serve
-        if not attempt.live:
-            return
         last = index == len(serve.chunks) - 1
         taken = self._pool.take(serve.chunks[index], last and serve.aux, self._process.name)
         if taken is None:
@@ -180,6 +181,10 @@ class Engine:
             return
         pages, row = taken
         first = sum(serve.chunks[:index])
+        if not attempt.live:  # it had been computed when the room ended: the session ignores it, and the pages are ours
+            self._hand_in(attempt, index, pages, row)
+            self._pool.give(pages, row)
+            return
         for offset, page in enumerate(pages):
             for buffer in self._pool.kv:
                 buffer[page] = attempt.label(first + offset)
@@ -188,9 +193,14 @@ class Engine:
             attempt.row = row
         attempt.pages += pages
         attempt.chunks += 1
-        end = serve.tokens if last else (first + len(pages)) * PAGE_TOKENS
+        self._hand_in(attempt, index, pages, row)
+
+    def _hand_in(self, attempt: Attempt, index: int, pages: list[int], row: int | None) -> None:
+        serve = attempt.serve
+        begin, end = sum(serve.chunks[:index]) * PAGE_TOKENS, sum(serve.chunks[: index + 1]) * PAGE_TOKENS
+        last = index == len(serve.chunks) - 1
         assert isinstance(attempt.handle, Sender)
-        attempt.handle.send(pages, (first * PAGE_TOKENS, end), last=last, aux=row)
+        attempt.handle.send(pages, (begin, serve.tokens if last else end), last=last, aux=row)
         self._acted = True
 
     def _grant(self, attempt: Attempt) -> None:
@@ -325,7 +335,7 @@ class Engine:
                 if not (buffer[page] == wanted).all():
                     found = [hex(word) for word in buffer[page].tolist()]
                     raise Violation(f"wrong bytes: page {offset} of {attempt} holds {found}, it must be {wanted:#x}")
-        moved = max(0, min(pages, prefix + len(attempt.pages)) - prefix) * PAGE_BYTES
+        moved = max(0, min(pages, prefix + len(attempt.pages)) - prefix) * self._pool.page_bytes
         if attempt.row is not None and source is not None:
             moved += ROW_BYTES
             if self._pool.aux[attempt.row][0] != source.label(AUX):

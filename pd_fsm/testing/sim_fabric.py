@@ -207,7 +207,7 @@ class Fabric:
         target = self._world.process(write.peer)
         if write.over or target.dead:
             return  # `reader_died` says how it ends
-        open_at_ms = self._world.network.cut_until(write.source.node, target.node)
+        open_at_ms = self._world.network.cut_until(write.source.address, target.address)
         if open_at_ms > self._agenda.now_ms:
             self._agenda.at(open_at_ms + BASE_MS, lambda: self._place(write, upto, then))
         elif target.frozen and self._options.vouches:  # its own hand places the bytes

@@ -14,15 +14,16 @@ from pd_fsm.testing.world import Violation
 
 PAGES, ROWS = 96, 48
 WORDS = 2  # uint64 of one page in one region
-PAGE_BYTES, ROW_BYTES = 2 * 8 * WORDS, 8
+ROW_BYTES = 8
 FREE, STALE = 0xF4EE_0000_0000_0000, 0x57A1_0000_0000_0000
 
 
 class Pool:
     """The memory of one process. uint64: `kv` two arrays [PAGES, WORDS], `aux` [ROWS, 1]."""
 
-    def __init__(self) -> None:
-        self.kv = [np.full((PAGES, WORDS), FREE, np.uint64) for _ in range(2)]
+    def __init__(self, words: int = WORDS) -> None:
+        self.kv = [np.full((PAGES, words), FREE, np.uint64) for _ in range(2)]
+        self.page_bytes = 2 * 8 * words  # over both regions
         self.aux: NDArray[np.uint64] = np.full((ROWS, 1), FREE, np.uint64)
         self.layout = KVLayout([paged("kv", self.kv, PAGE_TOKENS), rows("aux", self.aux)])
         self.views = [region.bytes_view() for region in self.layout.regions]

@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 PROBE_MS = 300  # between two attempts to connect anew
 NOTICE_MS = 100  # within which a broken connection is noticed
-OLD_FRAMES_MAX = 50
+OLD_FRAMES_MAX = 200
 
 
 @attrs.define(eq=False)
 class Connection:
-    """`dialer` connected to the address of `node`, where it expects `peer`."""
+    """`dialer` connected to `address`, where it expects `peer`."""
 
     dialer: Process
     peer: bytes
-    node: str
+    address: str
 
 
 class Network:
-    """All connections. `cuts` is until when nothing passes from a node to another one."""
+    """All connections. `cuts` is until when nothing passes from an address to another one."""
 
     def __init__(self, world: Simulation) -> None:
         self._world = world
@@ -63,11 +63,9 @@ class Network:
         self._world.fabric.check_claim(process, destination, message)
         dialled, accepted = process.dialled.get(peer), process.accepted.get(peer)
         if dialled is not None:
-            node = dialled.node
-            self._carry(process.node, node, kind, room, lambda: self._to_listener(dialled, frame))
+            self._carry(process.address, dialled.address, kind, room, lambda: self._to_listener(dialled, frame))
         elif accepted is not None:
-            node = accepted.dialer.node
-            self._carry(process.node, node, kind, room, lambda: self._to_dialer(accepted, frame))
+            self._carry(process.address, accepted.dialer.address, kind, room, lambda: self._to_dialer(accepted, frame))
         else:
             process.emit(ev.PeerUnreachable(peer, "there is no connection"))
 
@@ -93,8 +91,8 @@ class Network:
             self._agenda.after(BASE_MS + fate.delay_ms + fate.copy_ms, come)
 
     def _to_listener(self, connection: Connection, frame: bytes) -> None:
-        listener, via = self._world.listening(connection.node), connection.dialer.incarnation
-        self._old.setdefault(connection.node, deque(maxlen=OLD_FRAMES_MAX)).append((frame, via))
+        listener, via = self._world.listening(connection.address), connection.dialer.incarnation
+        self._old.setdefault(connection.address, deque(maxlen=OLD_FRAMES_MAX)).append((frame, via))
         if listener is not None:
             if not connection.dialer.dead:
                 listener.accepted[via] = connection
@@ -102,25 +100,25 @@ class Network:
 
     def _to_dialer(self, connection: Connection, frame: bytes) -> None:
         dialer = connection.dialer
-        self._old.setdefault(dialer.node, deque(maxlen=OLD_FRAMES_MAX)).append((frame, connection.peer))
+        self._old.setdefault(dialer.address, deque(maxlen=OLD_FRAMES_MAX)).append((frame, connection.peer))
         if dialer.dialled.get(connection.peer) is connection:
             dialer.deliver(frame, connection.peer)
 
     def garbage(self, process: Process, salt: int) -> None:
         """Bytes that no session sends now: noise, a broken frame, or one of long ago."""
-        old = self._old.get(process.node)
-        kind = salt % 4
+        old = self._old.get(process.address)
+        kind, which = salt % 8, salt // 8
         if kind == 0 or not old:
-            process.deliver(salt.to_bytes(8, "little") * (salt % 9), b"")
+            process.deliver(which.to_bytes(8, "little") * (which % 9), b"")
             return
-        frame, via = old[salt % len(old)]
-        process.deliver(frame[: salt % len(frame)] if kind == 1 else frame, via)
+        frame, via = old[which % len(old)]
+        process.deliver(frame[: which % len(frame)] if kind == 1 else frame, via)
 
     # --- connections -----------------------------------------------------------------------------------------------------
 
-    def dial(self, process: Process, peer: bytes, node: str) -> None:
-        connection = process.dialled[peer] = Connection(process, peer, node)
-        if self._world.listening(node) is None:
+    def dial(self, process: Process, peer: bytes, address: str) -> None:
+        connection = process.dialled[peer] = Connection(process, peer, address)
+        if self._world.listening(address) is None:
             self._notice(connection, established=False)
 
     def went_down(self, process: Process) -> None:
@@ -128,12 +126,12 @@ class Network:
         for other in self._world.running():
             other.accepted.pop(process.incarnation, None)
             for connection in list(other.dialled.values()):
-                if connection.node == process.node:
+                if connection.address == process.address:
                     self._notice(connection, established=True)
 
     def _notice(self, connection: Connection, *, established: bool) -> None:
         if self._world.options.notices_death:
-            delay_ms = NOTICE_MS * self._fates.one("notice", connection.dialer.node, connection.node)
+            delay_ms = NOTICE_MS * self._fates.one("notice", connection.dialer.address, connection.address)
             self._agenda.after(delay_ms, lambda: self._probe(connection, established))
 
     def _probe(self, connection: Connection, established: bool) -> None:
@@ -141,15 +139,16 @@ class Network:
         dialer = connection.dialer
         if dialer.dead or dialer.dialled.get(connection.peer) is not connection:
             return
-        open_at_ms = max(self.cut_until(dialer.node, connection.node), self.cut_until(connection.node, dialer.node))
+        there, here = connection.address, dialer.address
+        open_at_ms = max(self.cut_until(here, there), self.cut_until(there, here))
         if open_at_ms > self._agenda.now_ms:
             self._agenda.at(open_at_ms + BASE_MS, lambda: self._probe(connection, established))
             return
         if established:
-            dialer.emit(ev.PeerUnreachable(connection.peer, f"the connection to {connection.node} broke"))
-        if self._world.listening(connection.node) is None:
-            self._agenda.note(f"{dialer.node} finds that nobody listens at {connection.node}")
-            dialer.emit(ev.PeerUnreachable(connection.peer, f"nobody listens at {connection.node}", dead=True))
+            dialer.emit(ev.PeerUnreachable(connection.peer, f"the connection to {there} broke"))
+        if self._world.listening(connection.address) is None:
+            self._agenda.note(f"{dialer.node} finds that nobody listens at {there}")
+            dialer.emit(ev.PeerUnreachable(connection.peer, f"nobody listens at {there}", dead=True))
             self._agenda.after(PROBE_MS, lambda: self._probe(connection, False))
 
 

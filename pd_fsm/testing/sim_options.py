@@ -27,7 +27,13 @@ DEADLINES = Deadlines(
 )
 """Short, so that a simulated minute holds many of them; in the same order as the real ones."""
 SMALL = Limits(
-    rooms_max=24, peers_max=8, early_offers_max=6, early_offers_per_peer_max=4, tombstones_max=4, spent_generations_max=4
+    rooms_max=24,
+    peers_max=8,
+    early_offers_max=6,
+    early_offers_per_peer_max=4,
+    tombstones_max=4,
+    spent_generations_max=4,
+    quarantined_rooms_max=2,
 )
 WRITE_FAULTS = ("failed", "part_failed", "unknown_lands", "unknown_never", "unknown_done", "hangs", "twice", "late_error", "slow")
 
@@ -68,6 +74,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     skew: float = 0.0
     """How much faster or slower than true time a process' clock may go."""
     small_limits: bool = False
+    moves: float = 0.0
+    """How likely a process that is started again takes another free address, maybe that of a neighbour."""
+    misfits: float = 0.0
+    """How likely a life has another layout than most."""
     rendezvous_ms: int = 1
     # what engines, operators and machines do
     late: float = 0.0
@@ -105,7 +115,7 @@ def draw_options(random: Random) -> Options:
         prefills=some(1, 1, 2, 2, 3),
         decodes=some(1, 2, 2, 3),
         rooms=some(8, 20, 40, 80),
-        room_numbers=some(2, 4, 8, 1_000_000, 1_000_000),
+        room_numbers=some(1, 2, 4, 8, 1_000_000, 1_000_000, 1_000_000),
         horizon_ms=some(2_000, 6_000, 12_000, 24_000),
         lost=share(0, 0, 0.01, 0.1, 0.3),
         copied=share(0, 0, 0.05, 0.3),
@@ -123,20 +133,22 @@ def draw_options(random: Random) -> Options:
         lag_ms=some(0, 0, 5, 60),
         skew=share(0, 0.0003, 0.03),
         small_limits=random.random() < 0.1,
+        moves=share(0, 0, 0.7),
+        misfits=share(0, 0, 0, 0.3),
         rendezvous_ms=some(1, 1, 40, 1_500),
         late=share(0, 0, 0.2, 0.7),
         prefix=share(0, 0, 0.3),
         two_readers=share(0, 0, 0.3),
         wrong_tokens=share(0, 0, 0, 0.1),
         aborts=often(0.5, 12),
-        cancels_by_room=often(0.3, 6),
+        cancels_by_room=often(0.3, 10),
         crashes=often(0.35, 4),
         freezes=often(0.3, 3),
         cuts=often(0.35, 6),
         outages=often(0.2, 2),
         drains=often(0.2, 2),
         closes=often(0.2, 2),
-        resets=often(0.2, 6),
-        overflows=often(0.15, 2),
-        garbage=often(0.2, 10),
+        resets=often(0.2, some(6, 20)),
+        overflows=often(0.25, some(2, 10)),
+        garbage=often(0.3, some(5, 60, 300)),
     )

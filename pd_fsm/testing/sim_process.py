@@ -20,7 +20,7 @@ from pd_fsm.runtime.trace import TraceWriter
 from pd_fsm.runtime.transport import Host, Transport
 from pd_fsm.testing.sim_agenda import Action
 from pd_fsm.testing.sim_engine import Engine
-from pd_fsm.testing.sim_memory import Pool
+from pd_fsm.testing.sim_memory import WORDS, Pool
 from pd_fsm.testing.sim_network import Connection
 from pd_fsm.testing.sim_options import DEADLINES, SMALL
 from pd_fsm.testing.sim_rendezvous import Client
@@ -49,7 +49,7 @@ class Planes:
         self._network = process.world.network
         self._fabric = process.world.fabric
         self._vouches = process.world.options.vouches
-        self.endpoint = SCHEME + process.node
+        self.endpoint = SCHEME + process.address
         self.notifies = process.world.options.notifies
         self.residual_ms = float(process.world.options.residual_ms)
 
@@ -85,12 +85,13 @@ class Planes:
 
 
 class Process:
-    """`node` is its address, which outlives it."""
+    """`node` is its place in the deployment, which outlives it; its next life may have another `address`."""
 
-    def __init__(self, world: Simulation, node: str, life: int) -> None:
+    def __init__(self, world: Simulation, node: str, life: int, address: str) -> None:
         self.world = world
         self.agenda = world.agenda
         self.node = node
+        self.address = address
         self.name = f"{node}.{life}"
         self.incarnation = hashlib.blake2b(f"{world.schedule.seed} {self.name}".encode(), digest_size=16).digest()
         self.dead = self.frozen = False
@@ -109,7 +110,8 @@ class Process:
         self._host: Host
         self._states: dict[tuple[str, int | bytes], str] = {}
         self._quiesced: set[int] = set()
-        self.pool = Pool()
+        self.misfit = world.fates.one("layout", node) < world.options.misfits and not world.fates.healed
+        self.pool = Pool(WORDS + 1 if self.misfit else WORDS)
         self.landing = Landing(self.pool.layout)
         self.role = "prefill" if node.startswith("P") else "decode"
         index, size = (int(node[1:]), world.options.prefills) if self.role == "prefill" else (0, 1)

@@ -28,7 +28,7 @@ class _Act(msgspec.Struct, frozen=True, kw_only=True, tag=str.lower):
 class Serve(_Act, frozen=True, kw_only=True):
     """The router dispatches a request. `chunks` are pages each; opens happen `*_ms` after `at_ms`. `tokens_off`: by how much decode
     is wrong about the prompt's length, None if it does not say. `grant_ms`: its pages are reserved that long after they are asked
-    for, None: at the open."""
+    for (`unasked`: after the open), None: at the open."""
 
     room: int
     prefill: str
@@ -42,6 +42,7 @@ class Serve(_Act, frozen=True, kw_only=True):
     aux: bool = True
     tokens_off: int | None = None
     grant_ms: float | None = None
+    unasked: bool = False
     by_room: bool = False
     clear_ms: float = 0.0
     hold_ms: float = 0.0
@@ -262,7 +263,7 @@ def _engine_acts(options: Options, random: Random, serves: list[Serve]) -> Itera
         yield Abort(at_ms=_soon_after(random, serve), node=random.choice((serve.prefill, *serve.decodes)), room=serve.room)
     for _ in range(options.cancels_by_room):
         serve = random.choice(serves)
-        at_ms = max(0.0, _soon_after(random, serve) - random.choice((0, 30, 600)))
+        at_ms = max(0.0, _soon_after(random, serve) - random.choice((0, 30, 600, 3_000)))
         yield Cancel(at_ms=round(at_ms, 1), node=random.choice((serve.prefill, *serve.decodes)), room=serve.room)
 
 
@@ -337,6 +338,7 @@ def _serve(options: Options, random: Random, index: int, prefills: list[str], de
         aux=random.random() < 0.7,
         tokens_off=random.choice((-1, 1)) if chance(options.wrong_tokens) else random.choice((None, 0)),
         grant_ms=random.choice((0, 50, 1_000)) if chance(options.late) else None,
+        unasked=random.random() < 0.3,
         by_room=random.random() < 0.5,
         clear_ms=random.choice((0, 0, 20, 1_000)),
         hold_ms=random.choice((0, 0, 300)),

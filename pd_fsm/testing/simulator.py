@@ -89,7 +89,8 @@ class Simulation:
         self.breached = ""
         self._attempts = 0
         self._processes: dict[bytes, Process] = {}
-        self._listening: dict[str, Process] = {}
+        self._up: dict[str, Process] = {}  # by node
+        self._listening: dict[str, Process] = {}  # by address
         self._lives: Counter[str] = Counter()
         self._healed = False
         self._log: list[str] = []
@@ -99,29 +100,40 @@ class Simulation:
     def process(self, incarnation: bytes) -> Process:
         return self._processes[incarnation]
 
-    def listening(self, node: str) -> Process | None:
+    def listening(self, address: str) -> Process | None:
         """The process at an address."""
-        return self._listening.get(node)
+        return self._listening.get(address)
 
     def running(self) -> list[Process]:
-        return list(self._listening.values())
+        return list(self._up.values())
 
     def next_attempt(self) -> int:
         self._attempts += 1
         return self._attempts
 
     def start(self, node: str) -> None:
-        if node in self._listening:
+        if node in self._up:
             return
         self._lives[node] += 1
-        process = Process(self, node, self._lives[node])
-        self.agenda.note(f"{process.name} starts")
-        self._processes[process.incarnation] = self._listening[node] = process
+        address = self._address(node)
+        process = Process(self, node, self._lives[node], address)
+        self.agenda.note(f"{process.name} starts at {address}")
+        self._processes[process.incarnation] = self._up[node] = self._listening[address] = process
         process.wake()
+
+    def _address(self, node: str) -> str:
+        """Where the next life of a node listens: where nodes of that name do, or at any free place of its kind."""
+        prefills, decodes = sched.names(self.options)
+        own = prefills if node in prefills else decodes
+        free = [address for address in (*own, *(f"{name}b" for name in own)) if address not in self._listening]
+        moves = self._lives[node] > 1 and self.fates.one("moves", node) < self.options.moves
+        if moves or node not in free:
+            return free[int(self.fates.one("address", node) * len(free))]
+        return node
 
     def went_down(self, process: Process) -> None:
         """It ended, by itself or not: it is started again."""
-        del self._listening[process.node]
+        del self._up[process.node], self._listening[process.address]
         self.counts.update(process.core.counts)
         if not self._healed or process.restart_ms:
             delay_ms = 0.0 if self._healed else process.restart_ms
@@ -183,6 +195,8 @@ class Simulation:
         self.network.cuts.clear()
         for process in self.running():
             process.thaw()
+            if process.misfit:
+                process.kill()
         for nodes in sched.names(self.options):
             for node in nodes:
                 self.start(node)
@@ -220,7 +234,12 @@ class Simulation:
         ordinary = all(
             isinstance(fate, sched.FrameFate) and not fate.lost and not fate.delay_ms for fate in self.fates.taken.values()
         )
-        roomy = not options.small_limits and not self.starved and options.rendezvous_ms <= CALM_RENDEZVOUS_MS_MAX
+        roomy = (
+            not options.small_limits
+            and not options.misfits
+            and not self.starved
+            and options.rendezvous_ms <= CALM_RENDEZVOUS_MS_MAX
+        )
         return harmless and right and ordinary and roomy and len(set(rooms)) == len(rooms)
 
     def _probe(self) -> None:
@@ -280,7 +299,7 @@ class Simulation:
             return
 
         def arrive() -> None:
-            process = self._listening.get(node)
+            process = self._up.get(node)
             if process is not None:
                 if at_once:
                     action(process)
@@ -318,7 +337,7 @@ class Simulation:
         elif isinstance(act, sched.Outage):
             self.rendezvous.down_until_ms = max(self.rendezvous.down_until_ms, self.agenda.now_ms + act.for_ms)
         elif isinstance(act, (sched.Reset, sched.Overflow)):
-            source = self._listening.get(act.source)
+            source = self._up.get(act.source)
             for peer in list(source.core.peers) if source is not None else []:
                 if source is not None and self.process(peer).node == act.target:
                     broke = ev.PeerUnreachable(peer, "the connection was reset")
