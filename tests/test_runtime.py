@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 
 import pd_fsm
@@ -482,6 +483,40 @@ def test_a_transport_that_cannot_be_made_leaves_nothing(world: World) -> None:
     assert len(open_files()) == before
     assert threads() == running
     assert world.hub._members == {}
+
+
+def test_time_and_names_can_be_given(tmp_path: Path) -> None:
+    """A simulation's clock: deadlines and the trace go by it, and by nothing else."""
+    now_ms, path = 5_000.0, tmp_path / "trace.ndjson"
+    layout = pd_fsm.KVLayout([pd_fsm.paged("kv", [np.zeros((4, 4), np.uint8)], 16)])
+    with pd_fsm.open_session(
+        "prefill",
+        layout,
+        transport="memory",
+        transport_options={"hub": memory.Hub()},
+        thread=False,
+        trace=str(path),
+        clock_ms=lambda: now_ms,
+        incarnation=b"incarnation 4711",
+    ) as session:
+        assert session.incarnation == b"incarnation 4711"
+        sender = session.send(7)
+        now_ms += 299_999.0
+        session.progress()
+        assert sender.phase is Phase.BOOTSTRAPPING
+        now_ms += 1.0
+        session.progress()
+        assert sender.failure is not None
+        assert sender.failure.cause == "timeout"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["t_ms"] for line in lines if line["machine"] == "room"] == [5_000.0, 305_000.0]
+
+
+@pytest.mark.parametrize("wrong", [b"short", bytes(16)])
+def test_an_incarnation_that_cannot_be(wrong: bytes) -> None:
+    layout = pd_fsm.KVLayout([pd_fsm.paged("kv", [np.zeros((4, 4), np.uint8)], 16)])
+    with pytest.raises(pd_fsm.ConfigError, match="incarnation must be 16 bytes"):
+        pd_fsm.open_session("prefill", layout, transport="memory", incarnation=wrong)
 
 
 def test_transports_are_found_by_entry_point() -> None:

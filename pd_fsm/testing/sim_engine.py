@@ -6,6 +6,7 @@ them. It believes nothing that its session says without asking the fabric.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import attrs
@@ -16,7 +17,7 @@ from pd_fsm.machines import Phase
 from pd_fsm.runtime.session import Receiver, Sender
 from pd_fsm.testing.sim_agenda import Action
 from pd_fsm.testing.sim_memory import ROW_BYTES, STALE
-from pd_fsm.testing.sim_options import PAGE_TOKENS
+from pd_fsm.testing.sim_options import DEADLINES, PAGE_TOKENS
 from pd_fsm.testing.sim_schedule import Serve
 from pd_fsm.testing.world import Violation
 
@@ -37,6 +38,8 @@ class Attempt:
     serve: Serve
     process: Process
     handle: Sender | Receiver
+    opened_ms: float
+    ended_ms: float = math.inf
     pages: list[int] = attrs.field(factory=list)
     row: int | None = None
     chunks: int = 0
@@ -44,6 +47,8 @@ class Attempt:
     grant_asked: bool = False
     phase: int = Phase.BOOTSTRAPPING
     failure: Failure | None = None
+    left: int = Phase.BOOTSTRAPPING  # the phase that it ended in
+    cancelled: bool = False  # by its number, and must fail
     concluded: bool = False
     giving: bool = False
     returned: bool = False
@@ -52,6 +57,10 @@ class Attempt:
     @property
     def sends(self) -> bool:
         return isinstance(self.handle, Sender)
+
+    @property
+    def succeeded(self) -> bool:
+        return self.phase == Phase.SUCCESS
 
     @property
     def live(self) -> bool:
@@ -76,6 +85,9 @@ class Engine:
         self._by_room: dict[int, Attempt] = {}  # not cleared yet
         self._unfinished: dict[int, Attempt] = {}  # by generation
         self._acted = False
+        self._group = process.session.group()
+        self._cancelled_ms: dict[int, float] = {}  # rooms that were given up before they were opened
+        self._opened_rooms: set[int] = set()
 
     # --- what the simulation has it do -----------------------------------------------------------------------------------
 
@@ -127,12 +139,23 @@ class Engine:
             self._acted = True
 
     def cancel(self, room: int) -> None:
+        attempt = self._by_room.get(room)
+        if attempt is not None and attempt.live:
+            attempt.cancelled = True
+        elif room not in self._opened_rooms:
+            self._cancelled_ms[room] = self._process.clock_ms()
         self._session.cancel(room, "the router cancelled it")
         self._acted = True
 
     def _opened(self, serve: Serve, handle: Sender | Receiver) -> Attempt:
-        attempt = Attempt(self._world.next_attempt(), serve, self._process, handle)
+        attempt = Attempt(self._world.next_attempt(), serve, self._process, handle, self._world.agenda.now_ms)
         self._by_generation[handle.generation] = self._by_room[handle.room] = self._unfinished[handle.generation] = attempt
+        since_ms = self._cancelled_ms.pop(handle.room, None)
+        remembered = not self._world.options.small_limits  # else newer ones may have driven it out
+        if since_ms is not None and remembered:
+            attempt.cancelled = self._process.clock_ms() < since_ms + DEADLINES.tombstone_ms
+        self._opened_rooms.add(handle.room)
+        self._group.add(handle)
         self._acted = True
         return attempt
 
@@ -226,6 +249,8 @@ class Engine:
     def react(self) -> bool:
         """One pass of its scheduler over all rooms. True when it called its session."""
         acted, self._acted = self._acted, False
+        if self._group.poll().tolist() != [handle.poll() for handle in self._group.handles]:
+            raise Violation(f"group differs: {self._process.name} polls {self._group.poll()} for {self._group.handles}")
         for attempt in list(self._unfinished.values()):
             self._look(attempt)
         acted, self._acted = acted or self._acted, False
@@ -248,6 +273,7 @@ class Engine:
                 self._give(attempt)
         if attempt.returned and handle.cleared:
             del self._unfinished[handle.generation]
+            self._group.discard(handle)
 
     def _grant_if_asked(self, attempt: Attempt) -> None:
         handle = attempt.handle
@@ -258,11 +284,14 @@ class Engine:
 
     def _conclude(self, attempt: Attempt) -> None:
         attempt.concluded = True
+        attempt.ended_ms = self._world.agenda.now_ms
         failure = attempt.failure
         self._world.outcomes["SUCCESS" if failure is None else failure.cause] += 1
         self._world.agenda.note(
             f"{self._process.node} sees room {attempt.handle.room} end: {failure.reason if failure else 'SUCCESS'}"
         )
+        if attempt.cancelled and failure is None:
+            raise Violation(f"cancel lost: {attempt} had been cancelled, and succeeded")
         if failure is None:
             if attempt.sends:
                 self._check_sent(attempt)
@@ -304,6 +333,8 @@ class Engine:
             raise Violation(f"reason changed: {attempt} failed of {attempt.failure} and now of {failure}")
         if failure is not None and (failure.cause not in CAUSES or not failure.reason):
             raise Violation(f"no reason: {attempt} failed of {failure}")
+        if phase != Phase.FAILED:
+            attempt.left = phase
         attempt.phase, attempt.failure = phase, failure
 
     def _check_free(self, attempt: Attempt) -> None:
@@ -394,6 +425,6 @@ class Engine:
                 found.append(f"{attempt} concluded, but its pages are not free: {self._process.core.describe()['leases']}")
         return found
 
-    def results(self) -> list[tuple[Serve, bool]]:
-        """(request, success) of every room that this engine opened."""
-        return [(attempt.serve, attempt.phase == Phase.SUCCESS) for attempt in self._by_generation.values()]
+    def attempts(self) -> list[Attempt]:
+        """Every room that this engine opened."""
+        return list(self._by_generation.values())

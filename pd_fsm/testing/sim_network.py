@@ -129,8 +129,16 @@ class Network:
                 if connection.address == process.address:
                     self._notice(connection, established=True)
 
+    def heal(self) -> None:
+        """No way is cut any more, and who looks finds out who is not there."""
+        self.cuts.clear()
+        for process in self._world.running():
+            for connection in process.dialled.values():
+                if self._world.listening(connection.address) is None:
+                    self._notice(connection, established=False)
+
     def _notice(self, connection: Connection, *, established: bool) -> None:
-        if self._world.options.notices_death:
+        if self._world.options.notices_death or self._fates.healed:
             delay_ms = NOTICE_MS * self._fates.one("notice", connection.dialer.address, connection.address)
             self._agenda.after(delay_ms, lambda: self._probe(connection, established))
 

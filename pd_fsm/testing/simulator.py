@@ -21,8 +21,10 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import attrs
+import msgspec
 
 from pd_fsm.core import events as ev
+from pd_fsm.machines import Phase
 from pd_fsm.testing import sim_schedule as sched
 from pd_fsm.testing.sim_agenda import Agenda
 from pd_fsm.testing.sim_fabric import Fabric
@@ -46,6 +48,7 @@ FORGET_MS = 2 * (DEADLINES.tombstone_ms + DEADLINES.early_offer_ms + DEADLINES.l
 PROBE_MS = DEADLINES.bootstrap_ms
 PROBE_ROOM = 1 << 40
 LOOK_EVERY_MS = 250
+NETWORK_MS = 100
 CALM_RENDEZVOUS_MS_MAX = 50
 
 
@@ -189,10 +192,11 @@ class Simulation:
         self.agenda.run(self.options.horizon_ms, STEPS_MAX)
 
     def _heal(self) -> None:
+        for process in self.running():
+            msgspec.json.encode(process.session.describe())  # whatever state it is in, an operator can look at it
         self.agenda.note("everything is healed")
         self._healed = self.fates.healed = True
         self.rendezvous.down_until_ms = 0.0
-        self.network.cuts.clear()
         for process in self.running():
             process.thaw()
             if process.misfit:
@@ -201,16 +205,14 @@ class Simulation:
             for node in nodes:
                 self.start(node)
         self.fabric.heal()
+        self.network.heal()
 
     def _liveness(self) -> None:
         self._until(self._unsettled, CONCLUDE_MS, "not concluded")
-        if self._calm():
-            for process in self.running():
-                for serve, success in process.engine.results():
-                    if not success:
-                        raise Violation(
-                            f"failed without a cause: room {serve.room} of {process.name}, and nothing had happened to it"
-                        )
+        self._check_ends()
+        self.agenda.run(
+            self.options.horizon_ms + 2 * self.options.delay_ms_max + NETWORK_MS, STEPS_MAX
+        )  # the last late frame has come
         self._until(lambda: [text for process in self.running() for text in process.leftovers()], FORGET_MS, "not forgotten")
         for process in self.running():
             process.pool.check_idle(process.name)
@@ -225,12 +227,11 @@ class Simulation:
         missing = {node for nodes in sched.names(self.options) for node in nodes} - {process.node for process in up}
         return found + [f"{node} has not been started again" for node in sorted(missing)]
 
-    def _calm(self) -> bool:
-        """Whether nothing happened that a room could fail of."""
+    def _check_ends(self) -> None:
+        """Where nothing happened that a room could fail of, none failed; and where messages and writes took no harm, whoever waited
+        for a side that had failed was told, and did not wait until its deadline."""
         acts, options = self.schedule.acts, self.options
         rooms = [act.room for act in acts if isinstance(act, Serve)]
-        harmless = all(isinstance(act, (Serve, sched.Garbage)) for act in acts)
-        right = not any(act.tokens_off for act in acts if isinstance(act, Serve))
         ordinary = all(
             isinstance(fate, sched.FrameFate) and not fate.lost and not fate.delay_ms for fate in self.fates.taken.values()
         )
@@ -240,7 +241,20 @@ class Simulation:
             and not self.starved
             and options.rendezvous_ms <= CALM_RENDEZVOUS_MS_MAX
         )
-        return harmless and right and ordinary and roomy and len(set(rooms)) == len(rooms)
+        harmless = all(isinstance(act, (Serve, sched.Garbage, sched.Abort, sched.Cancel)) for act in acts)
+        if not ordinary or not roomy or not harmless or len(set(rooms)) != len(rooms):
+            return
+        wrong = any(isinstance(act, (sched.Abort, sched.Cancel)) or (isinstance(act, Serve) and act.tokens_off) for act in acts)
+        attempts = [attempt for process in self.running() for attempt in process.engine.attempts()]
+        for attempt in attempts:
+            others = [other for other in attempts if other.handle.room == attempt.handle.room and other.sends != attempt.sends]
+            if not wrong and not attempt.succeeded:
+                raise Violation(f"failed without a cause: {attempt}, and nothing had happened to it: {attempt.failure}")
+            met = len(others) == 1 and len(attempt.serve.decodes) == 1 and others[0].left != Phase.BOOTSTRAPPING
+            if attempt.sends:  # one that is opened after decode has given up is not told: decode may try again
+                met = met and others[0].ended_ms > attempt.opened_ms
+            if met and attempt.failure is not None and attempt.failure.cause == "timeout":
+                raise Violation(f"told nobody: {others[0]} ended ({others[0].failure}), and {attempt} waited: {attempt.failure}")
 
     def _probe(self) -> None:
         """After all that, every prefill still serves every decode."""
@@ -259,11 +273,10 @@ class Simulation:
             self._plan(serve)
         self.agenda.run(self.agenda.now_ms + PROBE_MS, STEPS_MAX)
         for process in self.running():
-            for serve, success in process.engine.results():
-                if serve.room >= PROBE_ROOM and not success:
-                    raise Violation(
-                        f"probe failed: {serve.prefill} does not serve {serve.decodes[0]} any more, as {process.name} sees it"
-                    )
+            for attempt in process.engine.attempts():
+                if attempt.handle.room >= PROBE_ROOM and not attempt.succeeded:
+                    pair = f"{attempt.serve.prefill} does not serve {attempt.serve.decodes[0]} any more"
+                    raise Violation(f"probe failed: {pair}, as {process.name} sees it: {attempt.failure}")
 
     def _until(self, left: Callable[[], list[str]], within_ms: float, what: str) -> None:
         by_ms = self.agenda.now_ms + within_ms
