@@ -605,8 +605,9 @@ def test_close_posts_nothing_more_and_destroys_the_agent(bench: Bench) -> None:
 
     bench.agent.post = slow  # type: ignore[method-assign]
     data = plane(bench)
-    for op in range(5):
-        data.submit(op, PEER, op, bench.plan(1), b"")
+    with data._busy:  # so that all of them are there in its first round
+        for op in range(5):
+            data.submit(op, PEER, op, bench.plan(1), b"")
     assert begun.wait(10)
     closing = threading.Thread(target=data.close)
     closing.start()
