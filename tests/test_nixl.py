@@ -11,12 +11,14 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import prometheus_client
 import pytest
 
 import pd_fsm
 from pd_fsm import Phase
 from pd_fsm.core import events as ev
 from pd_fsm.core import wire
+from pd_fsm.runtime.metrics import SessionCollector
 from pd_fsm.transports import nixl_agent
 from pd_fsm.transports.nixl_data import NixlData
 from pd_fsm.transports.nixl_memory import agent_name, local_memory, pack_descriptor
@@ -125,10 +127,14 @@ def test_telemetry_is_the_librarys(world: World) -> None:
     sender, receiver = prefill.session.send(1), decode.session.receive(1, range(10))
     sender.send(range(10), (0, 40), last=True)
     assert world.conclude(sender, receiver) == SUCCEEDED
-    seen = plane(prefill).figures()
+    seen = prefill.session.describe()["transport"]
     assert seen["descriptors"] == 3, "ten neighbours in each of three regions are one copy each"
     assert seen["bytes"] == sender.bytes_moved
     assert seen["transfer_us"] >= seen["post_us"] > 0
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(SessionCollector(prefill.session))
+    labels = {"session": prefill.session.name, "role": "prefill", "figure": "bytes"}
+    assert registry.get_sample_value("pd_fsm_transport", labels) == sender.bytes_moved
 
 
 @pytest.mark.parametrize(

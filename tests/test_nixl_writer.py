@@ -137,9 +137,20 @@ def make_bench(page_bytes: int = 4096, pages: int = 64, **limits: int) -> Bench:
     )
     said: list[ev.Event] = []
     clock = [100.0]
-    host = Host(SELF, "prefill", "p", "127.0.0.1", layout, pd_fsm.Limits(**limits), Reactor(), said.append, lambda *_: None)
+    host = Host(
+        SELF,
+        "prefill",
+        "p",
+        "127.0.0.1",
+        layout,
+        pd_fsm.Limits(**limits),
+        Reactor(),
+        said.append,
+        lambda *_: None,
+        lambda: 1e3 * clock[0],
+    )
     agent = ScriptedAgent()
-    writer = Writer(host, cast("Agent", agent), local_memory(layout), secret=b"", residual_ms=RESIDUAL_MS, clock=lambda: clock[0])
+    writer = Writer(host, cast("Agent", agent), local_memory(layout), secret=b"", residual_ms=RESIDUAL_MS)
     return Bench(layout, agent, writer, said, clock)
 
 

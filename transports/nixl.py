@@ -66,4 +66,4 @@ def create(
         data.close()
         close_control(linger_ms)
 
-    return Transport("nixl", control, data, close)
+    return Transport("nixl", control, data, close, figures=data.figures)

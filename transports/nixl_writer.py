@@ -13,9 +13,7 @@ An error alone is none, and neither is a handle that was released: over TCP, byt
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
-from collections.abc import Callable
 
 import attrs
 import numpy as np
@@ -104,15 +102,13 @@ class Writer:
         *,
         secret: bytes,
         residual_ms: float,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._host = host
         self._agent = agent
         self._memory = memory
         self._secret = secret
-        self._residual_s = residual_ms / 1e3
-        self._clock = clock
+        self._residual_ms = residual_ms
         self._lanes: dict[bytes, Lane] = {}
         self._active: dict[bytes, Lane] = {}  # those where something is to do
         self._writes: dict[int, Write] = {}
@@ -141,7 +137,7 @@ class Writer:
             worked, more = worked or posted > 0, more or (posted > 0 and bool(lane.queue))
         if self._settling:
             self._agent.progress()  # lets the library finish closing what failed
-            while self._settling and self._settling[0][0] <= self._clock():
+            while self._settling and self._settling[0][0] <= self._host.clock_ms():
                 for write in self._settling.popleft()[1]:
                     self._settled(write)
         if not more:
@@ -161,7 +157,7 @@ class Writer:
 
     def settles_in_s(self) -> float | None:
         """When a round is due although nothing is outstanding."""
-        return max(self._settling[0][0] - self._clock(), 0.0) if self._settling else None
+        return max(self._settling[0][0] - self._host.clock_ms(), 0.0) / 1e3 if self._settling else None
 
     def halt(self) -> None:
         """Post nothing more to anybody."""
@@ -232,7 +228,7 @@ class Writer:
             lane.route = None
             self._agent.remove_peer(lane.name)
         if lane.failed and lane.in_doubt:
-            self._settling.append((self._clock() + self._residual_s, lane.in_doubt))
+            self._settling.append((self._host.clock_ms() + self._residual_ms, lane.in_doubt))
         lane.in_doubt = []  # of a connection that did not fail, nobody can tell how long it goes on delivering
         lane.failed = lane.stale = lane.warm = False
         if lane.descriptor is None:

@@ -85,6 +85,10 @@ class Driver:
         self._inbox.append((frame, via))
         self._reactor.wake()
 
+    def transport_figures(self) -> dict[str, int]:
+        """What the transport counts."""
+        return dict(self._transport.figures())
+
     # --- driving ---------------------------------------------------------------------------------------------------------
 
     def start_thread(self) -> None:

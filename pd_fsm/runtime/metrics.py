@@ -46,6 +46,9 @@ class SessionCollector:
             "pd_fsm_leases", "Rooms whose memory somebody else may still touch, by lease state", labels=[*names, "state"]
         )
         peers = self._core.GaugeMetricFamily("pd_fsm_peers", "Known peers, by state", labels=[*names, "state"])
+        transport = self._core.GaugeMetricFamily(
+            "pd_fsm_transport", "What the transport counts, by figure (docs/transports.md)", labels=[*names, "figure"]
+        )
         for session in self._sessions:
             seen = session.describe()
             who = [seen["name"], seen["role"]]
@@ -56,7 +59,9 @@ class SessionCollector:
             _gauge(rooms, who, (room["phase"] for room in seen["rooms"]))
             _gauge(leases, who, (lease["state"] for lease in seen["leases"]))
             _gauge(peers, who, (peer["state"] for peer in seen["peers"]))
-        yield from (concluded, counts, rooms, leases, peers)
+            for figure, count in seen["transport"].items():
+                transport.add_metric([*who, figure], count)
+        yield from (concluded, counts, rooms, leases, peers, transport)
 
 
 def _gauge(family: Any, who: list[str], states: Iterator[str]) -> None:

@@ -409,9 +409,10 @@ class Session:
     # --- the rest --------------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Every room and what it waits for, leases and their holders, peers, table sizes and counters; plain values, for JSON."""
+        """Every room and what it waits for, leases and their holders, peers, table sizes, counters; plain values, for JSON."""
         with self.driver.lock:
-            return self.driver.core.describe()
+            seen = self.driver.core.describe()
+        return seen | {"transport": self.driver.transport_figures()}
 
     def on_close(self, closer: Any) -> None:
         """Have `closer()` called when the session closes, in reverse order. For open_session."""

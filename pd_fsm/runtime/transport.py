@@ -115,6 +115,8 @@ class Transport:
     rendezvous: Rendezvous | None = None
     reach: str = attrs.field(default="hosts", validator=attrs.validators.in_(REACHES))
     """How far away the other session may be."""
+    figures: Callable[[], Mapping[str, int]] = dict
+    """What it counts, for people and metrics; any thread, never blocks."""
 
 
 Factory: TypeAlias = Callable[..., Transport]
