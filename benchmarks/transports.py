@@ -30,7 +30,7 @@ PAGE_SIZE = 16
 
 
 def run(*, quick: bool = False) -> list[Row]:
-    pages, repeats, rounds = (4, 1, 2) if quick else (256, 3, 7)
+    pages, repeats, rounds = (4, 1, 2) if quick else (256, 3, 15)
     rows = []
     for library in filter(find_spec, LIBRARIES):
         for order, chunks, goal in CASES:
