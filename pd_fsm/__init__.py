@@ -18,7 +18,7 @@ from pd_fsm.errors import (
     WaitTimeout,
     WireError,
 )
-from pd_fsm.kv import Component, KVLayout, paged, rows
+from pd_fsm.kv import Component, KVLayout, RawBuffer, paged, rows
 from pd_fsm.machines import LeaseState, PeerState, Phase
 from pd_fsm.runtime.rendezvous import HttpRendezvous, LocalRendezvous, Rendezvous
 from pd_fsm.runtime.session import Handle, HandleGroup, Receiver, Sender, Session, open_session
@@ -44,6 +44,7 @@ __all__ = [
     "PeerRecord",
     "PeerState",
     "Phase",
+    "RawBuffer",
     "Receiver",
     "Rendezvous",
     "RoomFailed",

@@ -75,7 +75,7 @@ def test_slices_of_one_big_buffer_are_regions() -> None:
         (zeros(4, 8)[:, ::2], "C-contiguous"),
         (np.asfortranarray(zeros(4, 8)), "C-contiguous"),
         (torch.zeros(4, 8).T, "C-contiguous"),
-        (np.uint8(3), "numpy array is needed"),
+        (np.uint8(3), "numpy array or a RawBuffer is needed"),
         (np.zeros((), np.uint8), "dimension 0"),
         (torch.zeros(()), "dimension 0"),
         ([[1, 2], [3, 4]], "is a list"),

@@ -105,10 +105,11 @@ def local_memory(layout: KVLayout) -> Memory:
 
 
 def _packed_device(region: Region) -> int:
-    """0 for host memory, -1 - n for device n: a tensor knows where it is."""
+    """0 for host memory, -1 - n for device n: a tensor or a raw buffer knows where it is."""
     if region.host:
         return 0
-    index = getattr(getattr(region.owner, "device", None), "index", None)
+    device = getattr(region.owner, "device", None)
+    index = device if isinstance(device, int) else getattr(device, "index", None)
     return -1 - int(index or 0)
 
 

@@ -47,6 +47,22 @@ class Region:
 
 
 @attrs.frozen(eq=False)
+class RawBuffer:
+    """Memory that no tensor or array stands for: `items` pages or rows of `item_bytes` each, from `address` on.
+
+    `owner` is whatever keeps it alive. `device` is the number of the device that it is on, None for host memory. `dtype` is a word
+    that both sides must agree on.
+    """
+
+    address: int
+    items: int
+    item_bytes: int
+    owner: Any = attrs.field(default=None, repr=False)
+    device: int | None = None
+    dtype: str = "bytes"
+
+
+@attrs.frozen(eq=False)
 class Component:
     """Buffers that share one index. Make it with `paged` or `rows`."""
 
@@ -67,8 +83,8 @@ def paged(name: str, buffers: Sequence[Any], page_size: int, space: str = "kv") 
     """A component of pages of `page_size` tokens.
 
     `buffers` are C-contiguous torch tensors or numpy arrays whose dimension 0 counts pages, of any dtype that is the same on both
-    sides, for example `[num_pages, page_size, kv_heads, head_dim]` for K and for V of each layer. Components with the same `space`
-    are indexed by the same page numbers. Raises ConfigError for a buffer that cannot be used.
+    sides, for example `[num_pages, page_size, kv_heads, head_dim]` for K and for V of each layer; or `RawBuffer`s.
+    Components with the same `space` are indexed by the same page numbers. Raises ConfigError for a buffer that cannot be used.
     """
     if page_size < 1:
         raise ConfigError(f"component {name!r}: page_size must be at least 1 token, not {page_size}")
@@ -148,6 +164,10 @@ def _regions(name: str, buffers: Sequence[Any]) -> tuple[Region, ...]:
 
 
 def _region(where: str, buffer: Any) -> Region:
+    if isinstance(buffer, RawBuffer):
+        if buffer.address < 1 or buffer.items < 1 or buffer.item_bytes < 1:
+            raise ConfigError(f"{where}, {buffer}, holds no bytes; address, items and item_bytes must be at least 1")
+        return Region(buffer.address, buffer.items, buffer.item_bytes, buffer.dtype, buffer.device is None, buffer)
     if hasattr(buffer, "data_ptr"):  # a torch tensor, found without importing torch
         address, contiguous = int(buffer.data_ptr()), bool(buffer.is_contiguous())
         itemsize, host = int(buffer.element_size()), buffer.device.type == "cpu"
@@ -159,7 +179,7 @@ def _region(where: str, buffer: Any) -> Region:
         if not buffer.flags.writeable:
             raise ConfigError(f"{where} is read-only memory; a hand-off must be able to write to it")
     else:
-        raise ConfigError(f"{where} is a {type(buffer).__name__}; a torch tensor or numpy array is needed")
+        raise ConfigError(f"{where} is a {type(buffer).__name__}; a torch tensor, a numpy array or a RawBuffer is needed")
     shape = tuple(int(n) for n in buffer.shape)
     if not contiguous or len(shape) < 1:
         raise ConfigError(f"{where} of shape {shape} must be C-contiguous with pages or rows in dimension 0")
