@@ -161,6 +161,19 @@ class TestSessions:
         for decode in decodes:
             decode.check()
 
+    def test_pages_that_are_reserved_when_prefill_is_done(self, world: World) -> None:
+        prefill, decode = world.pair()
+        sender, receiver = prefill.session.send(1), decode.session.receive(1, None)
+        sender.send([1], (0, PAGE_SIZE))
+        sender.send([2], (PAGE_SIZE, 2 * PAGE_SIZE), last=True, aux=0)
+        world.until(lambda: receiver.tokens_computed is not None, "prefill said that it is done")
+        decode.check()
+        receiver.grant([7, 8], aux=4)
+        assert world.conclude(sender, receiver) == SUCCEEDED
+        decode.expect(prefill, [(1, 7), (2, 8)], aux=(0, 4))
+        decode.check()
+        world.at_rest()
+
     # --- what is given up ------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("side", ["prefill", "decode"])
@@ -338,6 +351,45 @@ class TestSessions:
         assert f"{side}-0 was closed" in why(staying).reason
         with pytest.raises(pd_fsm.LocalProtocolError, match="closing"):
             (closing.session.send if side == "prefill" else lambda room: closing.session.receive(room, []))(2)
+
+    @pytest.mark.parametrize("side", ["prefill", "decode"])
+    def test_a_side_that_drains_finishes_what_it_has(self, world: World, side: str) -> None:
+        prefill, decode = world.pair()
+        sender, receiver = prefill.session.send(1), decode.session.receive(1, [5])
+        world.until(lambda: sender.phase is Phase.WAITING_FOR_INPUT, "they met")
+        draining = prefill if side == "prefill" else decode
+        draining.session.begin_drain("it is replaced")
+        assert not draining.session.drained
+        sender.send([1], (0, PAGE_SIZE), last=True)
+        assert world.conclude(sender, receiver) == SUCCEEDED
+        decode.expect(prefill, [(1, 5)])
+        decode.check()
+        world.until(lambda: draining.session.drained, "it is drained")
+        with pytest.raises(pd_fsm.LocalProtocolError, match="it is replaced"):
+            (prefill.session.send if side == "prefill" else lambda room: decode.session.receive(room, []))(2)
+
+    @pytest.mark.parametrize("side", ["prefill", "decode"])
+    def test_the_next_life_of_a_side_is_served_at_once(self, world: World, side: str) -> None:
+        """Three lives of one side, each ended with a room in the middle of its transfer, beside one life of the other."""
+        prefill, decode = world.pair(thread=True)
+        for turn in range(3):
+            sender, receiver = prefill.session.send(turn), decode.session.receive(turn, [turn, 10 + turn])
+            sender.send([turn], (0, PAGE_SIZE))
+            world.until(lambda r=receiver: r.phase is Phase.TRANSFERRING, "the transfer began")  # type: ignore[misc]
+            ending = prefill if side == "prefill" else decode
+            ending.close()
+            assert world.conclude(sender, receiver) == FAILED
+            if side == "prefill":
+                decode.expect(prefill, [(turn, turn)])
+                prefill = world.open("prefill", thread=True)
+            else:
+                decode = world.open("decode", thread=True)
+            sender, receiver = prefill.session.send(100 + turn), decode.session.receive(100 + turn, [20 + turn])
+            sender.send([30 + turn], (0, PAGE_SIZE), last=True)
+            assert world.conclude(sender, receiver) == SUCCEEDED
+            decode.expect(prefill, [(30 + turn, 20 + turn)])
+            decode.check()
+            prefill.check()
 
     def test_everything_still_answers_after_close(self, world: World) -> None:
         prefill, decode = world.pair()
