@@ -14,12 +14,8 @@ from pd_fsm.core import events as ev
 from pd_fsm.core.wire import pack_pages
 from pd_fsm.errors import WireError
 from pd_fsm.kv import make_plan
-from pd_fsm.testing.conformance.test_sessions import FAILED, SUCCEEDED
-from pd_fsm.testing.conformance.test_sessions import TestSessions as TransportSuite
 from pd_fsm.transports.memory import Hub, MemoryPlanes
 from tests.live import PAGE_SIZE, PAGES, Engine, World, make_engine, messages
-
-__all__ = ["FAILED", "SUCCEEDED", "TransportSuite"]
 
 
 @pytest.fixture(params=[True, False], ids=["thread", "progress"])

@@ -27,18 +27,21 @@ class ChaosError(Exception):
 class Child:
     """One process; a context manager would end it too early, so its scene ends it."""
 
-    def __init__(self, name: str, settings: dict[str, Any], log: Path) -> None:
+    def __init__(
+        self, name: str, settings: dict[str, Any], log: Path, module: str = "pd_fsm.testing.chaos_worker", path: str = ""
+    ) -> None:
+        """`module` is what it runs with its settings; `path` becomes its PYTHONPATH, unless empty."""
         self.name = name
         self.log = log
         self._unread = 0  # answers that nobody waited for yet
         with log.open("ab") as output:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-m", "pd_fsm.testing.chaos_worker", json.dumps(settings)],
+                [sys.executable, "-m", module, json.dumps(settings)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
                 start_new_session=True,  # Ctrl-C reaches only the run, which then ends its processes
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | ({"PYTHONPATH": path} if path else {}),
             )
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -14,7 +14,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import attrs
@@ -270,7 +270,8 @@ def through(advertised: str, true: list[str]) -> Factory:
     return create
 
 
-def _obey(engine: Engine, do: str, arguments: dict[str, Any]) -> Any:
+def obey(engine: Engine, do: str, arguments: dict[str, Any]) -> Any:
+    """Carry out a command of the run; its answer."""
     if do == "rooms":
         return engine.rooms()
     if do == "report":
@@ -288,12 +289,12 @@ def _read(lines: queue.SimpleQueue[str]) -> None:
     lines.put("")
 
 
-def _say(answer: Any) -> None:
+def say(answer: Any) -> None:
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
 
 
-def serve(engine: Engine) -> None:
+def serve(engine: Engine, carry_out: Callable[[Engine, str, dict[str, Any]], Any] = obey) -> None:
     """Obey until standard input ends."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
@@ -307,16 +308,21 @@ def serve(engine: Engine) -> None:
             return
         command = json.loads(line)
         try:
-            answer = _obey(engine, command.pop("do"), command)
+            answer = carry_out(engine, command.pop("do"), command)
         except Exception as error:  # noqa: BLE001 - whoever gave the command sees it
             answer = {"error": repr(error)}
-        _say(answer)
+        say(answer)
+
+
+def end_with_parent() -> None:
+    """Be killed when the run itself is, stopped or not."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(text: str) -> int:
     """`text` is JSON: role, name, url, seed, deadlines, in_flight_bytes_max, trace, advertise,
     http_timeout_ms; or role "bootstrap", port, lease_ms."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # also ends a stopped process when the run itself is killed
+    end_with_parent()
     settings = json.loads(text)
     if settings["role"] == "bootstrap":
         return run_bootstrap("127.0.0.1", settings["port"], settings["lease_ms"])
@@ -335,7 +341,7 @@ def main(text: str) -> int:
         trace=settings["trace"],
     )
     try:
-        _say({"endpoint": true[0], "incarnation": engine.session.incarnation.hex()})
+        say({"endpoint": true[0], "incarnation": engine.session.incarnation.hex()})
         serve(engine)
     finally:
         engine.session.close(CLOSE_S)

@@ -128,6 +128,7 @@ class Storm:
             left = [each for each in left if each]
             for _ in range(self.dice.randint(0, 3)):
                 self.step()
+        self.until(lambda: sum(bool(life.outcome) for life in self.lives()) >= rooms, "half of all rooms concluded, faults or not")
         self.faulty.heal()
         self.until(lambda: all(life.free for life in self.lives()), "every room concluded and its memory is back")
 
