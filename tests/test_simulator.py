@@ -27,7 +27,7 @@ from pd_fsm.testing.minimise import minimise
 from pd_fsm.testing.sim_schedule import Schedule, draw_schedule
 from pd_fsm.testing.simulator import Result, replay, simulate
 
-SEEDS, BLOCKS = 80, 4
+SEEDS = 80
 FOUND_WITHIN = 60
 SCHEDULES = sorted((Path(__file__).parent / "schedules").glob("*.json"))
 """Schedules that failed once, minimised. (A seed means another run as soon as what is drawn from it changes.)"""
@@ -73,11 +73,15 @@ def test_a_story_does_not_change_the_run() -> None:
 # --- it holds ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", range(BLOCKS))
-def test_seeds_hold(block: int) -> None:
-    for seed in range(block, SEEDS, BLOCKS):
-        result = simulate(seed)
-        assert not result.failure, f"{race.command(seed)} --minimise: {result.failure}"
+@pytest.fixture(scope="module")
+def report() -> race.Report:
+    return race.run_seeds(range(SEEDS))
+
+
+def test_seeds_hold(report: race.Report) -> None:
+    assert report.failures == []
+    assert report.events > 800 * SEEDS
+    assert report.rooms > 40 * SEEDS
 
 
 @pytest.mark.parametrize("path", SCHEDULES, ids=lambda path: path.stem)
@@ -91,9 +95,8 @@ def test_the_schedule_of_a_lost_peer_that_is_met_anew_fails_without_the_answer(m
     assert replay(msgspec.json.decode(path.read_bytes(), type=Schedule)).kind == "not concluded"
 
 
-def test_the_seeds_reach_what_they_are_for() -> None:
+def test_the_seeds_reach_what_they_are_for(report: race.Report) -> None:
     """Every row of every machine, every way to end, and the messages that only trouble brings."""
-    report = race.run_seeds(range(60))
     rows = {row.id for table in (ROOM, LEASE, PEER) for row in table.rows()}
     assert rows - set(report.coverage) == set()
     ends = {"SUCCESS", "refused", "abort", "peer_abort", "peer_failed", "peer_lost", "timeout", "transport", "protocol", "shutdown"}

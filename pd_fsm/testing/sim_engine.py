@@ -1,22 +1,18 @@
 """The engine of a simulated process: opens rooms, computes chunks, grants, aborts, clears, and gives pages back when it may.
 
-Every page carries a label that says which attempt computed which page of which prompt, so wrong bytes are seen whatever caused
-them. It believes nothing that its session says without asking the fabric.
+It believes nothing that its session says about memory without asking the fabric.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-import attrs
-
-from pd_fsm.core.events import CAUSES, Failure
 from pd_fsm.errors import LocalProtocolError
 from pd_fsm.machines import Phase
 from pd_fsm.runtime.session import Receiver, Sender
 from pd_fsm.testing.sim_agenda import Action
-from pd_fsm.testing.sim_memory import ROW_BYTES, STALE
+from pd_fsm.testing.sim_attempt import AUX, TERMINAL, Attempt
+from pd_fsm.testing.sim_memory import STALE
 from pd_fsm.testing.sim_options import DEADLINES, PAGE_TOKENS
 from pd_fsm.testing.sim_schedule import Serve
 from pd_fsm.testing.world import Violation
@@ -24,53 +20,6 @@ from pd_fsm.testing.world import Violation
 if TYPE_CHECKING:
     from pd_fsm.testing.sim_fabric import Write
     from pd_fsm.testing.sim_process import Process
-
-AUX = 4_095
-PROMPT_PAGES_MAX = 4_096
-_TERMINAL = (Phase.SUCCESS, Phase.FAILED)
-
-
-@attrs.define(eq=False)
-class Attempt:
-    """One open of a room by one engine, and what it holds. `source`: receiver: the sending attempt that wrote to it."""
-
-    number: int
-    serve: Serve
-    process: Process
-    handle: Sender | Receiver
-    opened_ms: float
-    ended_ms: float = math.inf
-    pages: list[int] = attrs.field(factory=list)
-    row: int | None = None
-    chunks: int = 0
-    granted: bool = False
-    grant_asked: bool = False
-    phase: int = Phase.BOOTSTRAPPING
-    failure: Failure | None = None
-    left: int = Phase.BOOTSTRAPPING  # the phase that it ended in
-    cancelled: bool = False  # by its number, and must fail
-    concluded: bool = False
-    giving: bool = False
-    returned: bool = False
-    source: Attempt | None = None
-
-    @property
-    def sends(self) -> bool:
-        return isinstance(self.handle, Sender)
-
-    @property
-    def succeeded(self) -> bool:
-        return self.phase == Phase.SUCCESS
-
-    @property
-    def live(self) -> bool:
-        return self.handle.poll() not in _TERMINAL
-
-    def __str__(self) -> str:
-        return f"room {self.handle.room} (generation {self.handle.generation}) of {self.process.name}"
-
-    def label(self, position: int) -> int:
-        return self.number * PROMPT_PAGES_MAX + position
 
 
 class Engine:
@@ -258,9 +207,9 @@ class Engine:
 
     def _look(self, attempt: Attempt) -> None:
         handle = attempt.handle
-        self._check_phase(attempt, handle.poll())
+        attempt.look()
         if not attempt.concluded:
-            if attempt.phase not in _TERMINAL:
+            if attempt.phase not in TERMINAL:
                 self._grant_if_asked(attempt)
                 return
             self._conclude(attempt)
@@ -294,9 +243,9 @@ class Engine:
             raise Violation(f"cancel lost: {attempt} had been cancelled, and succeeded")
         if failure is None:
             if attempt.sends:
-                self._check_sent(attempt)
+                attempt.check_sent()
             else:
-                self._check_received(attempt)
+                attempt.check_received()
         self._after(attempt.serve.clear_ms, lambda: self._clear(attempt))
 
     def _clear(self, attempt: Attempt) -> None:
@@ -307,7 +256,7 @@ class Engine:
 
     def _give(self, attempt: Attempt) -> None:
         if attempt.phase == Phase.SUCCESS and not attempt.sends:
-            self._check_received(attempt)  # it was read from until now
+            attempt.check_received()  # it was read from until now
         attempt.returned = True
         self._pool.give(attempt.pages, attempt.row)
 
@@ -319,64 +268,11 @@ class Engine:
 
     # --- what must be true -----------------------------------------------------------------------------------------------
 
-    def _check_phase(self, attempt: Attempt, phase: int) -> None:
-        """Forward only, terminal is absorbing, and the reason is there from the first moment and stays."""
-        failure = attempt.handle.failure
-        before = attempt.phase
-        if before in _TERMINAL and phase != before:
-            raise Violation(f"terminal left: {attempt} was {Phase(before).name} and is {Phase(phase).name}")
-        if phase < before and phase != Phase.FAILED:
-            raise Violation(f"phase went back: {attempt} was {Phase(before).name} and is {Phase(phase).name}")
-        if (phase == Phase.FAILED) != (failure is not None):
-            raise Violation(f"reason and phase differ: {attempt} is {Phase(phase).name} with failure {failure}")
-        if attempt.failure is not None and failure != attempt.failure:
-            raise Violation(f"reason changed: {attempt} failed of {attempt.failure} and now of {failure}")
-        if failure is not None and (failure.cause not in CAUSES or not failure.reason):
-            raise Violation(f"no reason: {attempt} failed of {failure}")
-        if phase != Phase.FAILED:
-            attempt.left = phase
-        attempt.phase, attempt.failure = phase, failure
-
     def _check_free(self, attempt: Attempt) -> None:
         fabric = self._world.fabric
         generation = attempt.handle.generation
         for write in fabric.reading(attempt) if attempt.sends else fabric.touching(self._process, generation):
             raise Violation(f"freed too early: the pages of {attempt} are free, but {write} can still touch them")
-
-    def _check_sent(self, attempt: Attempt) -> None:
-        if attempt.chunks != len(attempt.serve.chunks):
-            raise Violation(f"false success: {attempt} succeeded with {attempt.chunks} of {len(attempt.serve.chunks)} chunks")
-        writes = self._world.fabric.of_attempt(attempt)
-        for write in writes:
-            if not write.placed:
-                raise Violation(f"false success: {attempt} succeeded, but {write} is not placed")
-        moved = sum(write.plan.total_bytes for write in writes)
-        if attempt.handle.bytes_moved != moved:
-            raise Violation(f"bytes miscounted: {attempt} says {attempt.handle.bytes_moved} bytes, {moved} were moved")
-
-    def _check_received(self, attempt: Attempt) -> None:
-        """Each granted page holds exactly what its sender computed for that place, and the rest is as it was."""
-        source, prefix = attempt.source, attempt.serve.prefix_pages
-        pages = source.serve.pages if source is not None else prefix
-        for offset, page in enumerate(attempt.pages):
-            wanted = STALE + attempt.number
-            if source is not None and prefix + offset < pages:
-                wanted = source.label(prefix + offset)
-            for buffer in self._pool.kv:
-                if not (buffer[page] == wanted).all():
-                    found = [hex(word) for word in buffer[page].tolist()]
-                    raise Violation(f"wrong bytes: page {offset} of {attempt} holds {found}, it must be {wanted:#x}")
-        moved = max(0, min(pages, prefix + len(attempt.pages)) - prefix) * self._pool.page_bytes
-        if attempt.row is not None and source is not None:
-            moved += ROW_BYTES
-            if self._pool.aux[attempt.row][0] != source.label(AUX):
-                raise Violation(f"wrong bytes: the aux row of {attempt} holds {int(self._pool.aux[attempt.row][0]):#x}")
-        if attempt.handle.bytes_moved != moved:
-            raise Violation(f"bytes miscounted: {attempt} says {attempt.handle.bytes_moved} bytes, {moved} were moved")
-        own = attempt.serve
-        unique = self._world.options.room_numbers > self._world.options.rooms
-        if unique and source is None and (own.pages > prefix or own.aux):
-            raise Violation(f"false success: {attempt} succeeded, and nobody wrote to it")
 
     def check_landing(self, write: Write, region: int, at: int, nbytes: int) -> None:
         """Bytes land: only in pages of that generation, and only while they are not given back."""

@@ -20,7 +20,7 @@ from pd_fsm.testing.sim_agenda import Action
 from pd_fsm.testing.sim_schedule import BASE_MS, WriteFate
 
 if TYPE_CHECKING:
-    from pd_fsm.testing.sim_engine import Attempt
+    from pd_fsm.testing.sim_attempt import Attempt
     from pd_fsm.testing.sim_process import Process
     from pd_fsm.testing.simulator import Simulation
 
