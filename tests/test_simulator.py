@@ -27,7 +27,7 @@ from pd_fsm.testing.minimise import minimise
 from pd_fsm.testing.sim_schedule import Schedule, draw_schedule
 from pd_fsm.testing.simulator import Result, replay, simulate
 
-SEEDS = 80
+SEEDS = 60
 FOUND_WITHIN = 60
 SCHEDULES = sorted((Path(__file__).parent / "schedules").glob("*.json"))
 """Schedules that failed once, minimised. (A seed means another run as soon as what is drawn from it changes.)"""

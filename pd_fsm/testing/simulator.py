@@ -49,6 +49,7 @@ PROBE_MS = DEADLINES.bootstrap_ms
 PROBE_ROOM = 1 << 40
 LOOK_EVERY_MS = 250
 NETWORK_MS = 100
+OPENS_MS = 500  # within which the last requests, too, are open on all sides
 CALM_RENDEZVOUS_MS_MAX = 50
 
 
@@ -208,6 +209,7 @@ class Simulation:
         self.network.heal()
 
     def _liveness(self) -> None:
+        self.agenda.run(self.agenda.now_ms + OPENS_MS, STEPS_MAX)
         self._until(self._unsettled, CONCLUDE_MS, "not concluded")
         self._check_ends()
         self.agenda.run(
@@ -300,16 +302,13 @@ class Simulation:
                 self._on(node, act.at_ms + delay_ms, lambda process: process.engine.open_receive(act))
         elif isinstance(act, (sched.Cut, sched.Outage, sched.Reset, sched.Overflow)):
             self.agenda.at(act.at_ms, lambda: self._strike(act))
-        else:
+        elif act.at_ms <= self.options.horizon_ms:
             self._on(
                 act.node, act.at_ms, lambda process: self._do(process, act), at_once=isinstance(act, (sched.Crash, sched.Garbage))
             )
 
     def _on(self, node: str, at_ms: float, action: Callable[[Process], None], *, at_once: bool = False) -> None:
         """Whoever lives at `node` then does it; a stopped process when it is woken, unless it is done to it (`at_once`)."""
-
-        if at_ms > self.options.horizon_ms and not self._healed:
-            return
 
         def arrive() -> None:
             process = self._up.get(node)
