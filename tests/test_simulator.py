@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from pd_fsm import cli
 from pd_fsm.core import events as ev
 from pd_fsm.core import peers, receiver, sender, session, wire
 from pd_fsm.core.ledger import Link, Peer, Room
@@ -273,6 +274,14 @@ def test_a_failing_seed_is_minimised(monkeypatch: pytest.MonkeyPatch, bug: str, 
     assert len(lines) < 160
 
 
+def test_a_failure_that_does_not_repeat_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [simulate(3), simulate(4)]
+    for result in results:
+        result.failure = "wrong bytes: somewhere"
+    monkeypatch.setattr(race, "simulate", lambda _: results.pop())
+    assert race.run_twice_if_it_fails(3).kind == "not deterministic"
+
+
 def test_nothing_to_minimise() -> None:
     with pytest.raises(ValueError, match="seed 3 did not fail"):
         minimise(draw_schedule(3), simulate(3))
@@ -283,7 +292,7 @@ def test_nothing_to_minimise() -> None:
 
 def test_the_command_writes_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "out" / "race.json"
-    assert race.main(["--sim", "--seeds", "4", "--first", "2", "--json", str(report)]) == 0
+    assert cli.main(["race", "--sim", "--seeds", "4", "--first", "2", "--json", str(report)]) == 0
     figures = json.loads(report.read_text())
     assert figures["seeds"] == 4
     assert figures["failures"] == []
