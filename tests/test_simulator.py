@@ -278,7 +278,7 @@ def test_a_failure_that_does_not_repeat_is_told_as_one(monkeypatch: pytest.Monke
     results = [simulate(3), simulate(4)]
     for result in results:
         result.failure = "wrong bytes: somewhere"
-    monkeypatch.setattr(race, "simulate", lambda _: results.pop())
+    monkeypatch.setattr(race, "simulate", lambda _, **__: results.pop())
     assert race.run_twice_if_it_fails(3).kind == "not deterministic"
 
 
@@ -322,6 +322,8 @@ def test_the_command_repeats_and_explains_a_failing_seed(
 def test_a_run_leaves_a_trace_that_the_timeline_reads(tmp_path: Path) -> None:
     path = tmp_path / "trace.ndjson"
     assert race.main(["--sim", "--seed", "5", "--trace", str(path)]) == 0
+    assert race.main(["--sim", "--seeds", "2", "--first", "5", "--traces", str(tmp_path / "traces")]) == 0
+    assert (tmp_path / "traces" / "5.ndjson").read_text().splitlines()[1:] == path.read_text().splitlines()[1:]
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     result = simulate(5)
     assert sum(result.coverage.values()) == len([line for line in lines if line["machine"] != "session"])

@@ -6,6 +6,7 @@ A failing seed is run twice: a hash that differs means that the simulation itsel
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import sys
@@ -60,9 +61,9 @@ def command(seed: int) -> str:
     return f"pd-fsm race --sim --seed {seed}"
 
 
-def run_twice_if_it_fails(seed: int) -> Result:
+def run_twice_if_it_fails(seed: int, traces: Path | None = None) -> Result:
     """One seed. A failure that a second run does not repeat to the last event is one of the simulation."""
-    result = simulate(seed)
+    result = simulate(seed, trace_path=None if traces is None else traces / f"{seed}.ndjson")
     if result.failure:
         again = simulate(seed)
         if again.digest != result.digest:
@@ -73,15 +74,17 @@ def run_twice_if_it_fails(seed: int) -> Result:
     return result
 
 
-def run_seeds(seeds: Iterable[int], jobs: int = 1) -> Report:
-    """Run each seed, in `jobs` processes. For callers that want the figures or the coverage."""
+def run_seeds(seeds: Iterable[int], jobs: int = 1, traces: Path | None = None) -> Report:
+    """Run each seed, in `jobs` processes. For callers that want the figures or the coverage. `traces` is a folder for a trace of
+    each seed, `SEED.ndjson`: its lines are in the true order, over all sessions, whatever their clocks say."""
     report, begun_s = Report(), time.monotonic()
+    run = functools.partial(run_twice_if_it_fails, traces=traces)
     if jobs > 1:
         with ProcessPoolExecutor(jobs) as pool:
-            for result in pool.map(run_twice_if_it_fails, seeds, chunksize=8):
+            for result in pool.map(run, seeds, chunksize=8):
                 report.add(result)
     else:
-        for result in map(run_twice_if_it_fails, seeds):
+        for result in map(run, seeds):
             report.add(result)
     report.seconds = time.monotonic() - begun_s
     return report
@@ -152,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         "--save", type=Path, metavar="FILE", help="with --seed: write the failing, maybe minimised schedule as JSON"
     )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="with --seed: append every step of every session as NDJSON")
+    parser.add_argument("--traces", type=Path, metavar="DIR", help="with --seeds: a trace of each seed, in files of its own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="with --seeds: write the figures, the failures and the coverage")
     return parser
 
@@ -165,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.trace is not None:
             simulate(args.seed, trace_path=args.trace)
         return _explain(args.seed, shorten=args.minimise, save=args.save)
-    report = run_seeds(range(args.first, args.first + args.seeds), args.jobs)
+    report = run_seeds(range(args.first, args.first + args.seeds), args.jobs, args.traces)
     for failure in report.failures[:FAILURES_SHOWN_MAX]:
         print(f"seed {failure['seed']} FAILED {failure['failure']}\n  {failure['repeat']} --minimise", file=sys.stderr)
     if args.json is not None:

@@ -180,8 +180,6 @@ class Process:
                 break
         else:
             raise Violation(f"livelock: {self.name} has been driven {DRIVES_MAX} times at {self.agenda.now_ms:.2f} ms")
-        if self._trace is not None:
-            self._trace.flush()
         self._check()
         self._end_if_due()
         self._arm()
@@ -266,6 +264,7 @@ class Process:
         self.world.coverage[step.row] += 1
         if self._trace is not None:
             self._trace.record(step)
+            self._trace.flush()  # at once: several sessions share the file, and its order is the true one
         if step.before == step.after:
             return
         room, peer = step.room, step.peer
