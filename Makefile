@@ -8,7 +8,7 @@ NIXL   ?= nixl==1.5.1 nixl-cu12==1.5.1  # runs on a CPU, too; without its depend
 SOURCES := pd_fsm transports examples benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-transports demo test lint types unit conformance scenarios race chaos check mutate docs docs-check bench build clean
+.PHONY: help setup setup-transports demo test lint types unit conformance scenarios race peers-race chaos check mutate docs docs-check bench build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -60,6 +60,9 @@ check: setup  ## explore every interleaving of small worlds of real cores; ARGS=
 
 mutate: setup  ## change the declared machines in every way, and see who notices (3 min)
 	$(BIN)/python -m pd_fsm.testing.mutate tests/scenarios $(ARGS)
+
+peers-race: setup  ## search released session layers of others for races, in environments of their own (10 min, 6 GB in out/peers)
+	$(BIN)/python -m pd_fsm.testing.peer_layers.report $(ARGS)
 
 chaos: setup  ## kill, stop, cut and restart real processes, then look for lost rooms and pages (3 min)
 	$(BIN)/python -m pd_fsm.testing.chaos $(ARGS)
