@@ -278,17 +278,17 @@ class Process:
                 self._states[key] = step.after
             return
         if (step.event, step.before, step.after) not in _EDGES[step.machine]:
-            raise Violation(f"undeclared edge: {step.machine} {step.before} -> {step.after} by {step.event} at {self.name}")
+            self.world.breach(f"undeclared edge: {step.machine} {step.before} -> {step.after} by {step.event} at {self.name}")
         if peer is None:
             known = self._states.get(key, "PRIVATE")
             if known != step.before:
-                raise Violation(
+                self.world.breach(
                     f"lost state: {step.machine} of room {room and room.room} at {self.name} was {known}, now {step.before}"
                 )
             self._states[key] = step.after
         if step.machine == "lease" and step.after == "QUIESCED" and room is not None:
             if room.generation in self._quiesced:
-                raise Violation(f"released twice: room {room.room}, generation {room.generation} at {self.name}")
+                self.world.breach(f"released twice: room {room.room}, generation {room.generation} at {self.name}")
             self._quiesced.add(room.generation)
 
     def _check(self) -> None:
