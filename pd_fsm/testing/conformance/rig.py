@@ -255,10 +255,11 @@ class Rig:
         worked = [side.host.reactor.dispatch() for side in sides or self.sides if not side.closed]
         return any(worked)
 
-    def until(self, done: Callable[[], bool], what: str, *sides: Side, timeout_s: float = PATIENCE_S) -> None:
-        deadline = time.monotonic() + timeout_s
+    def until(self, done: Callable[[], bool], what: str, *sides: Side) -> None:
+        """Drive these sides, or all, until `done()`. Fails after PATIENCE_S."""
+        deadline = time.monotonic() + PATIENCE_S
         while not done():
-            assert time.monotonic() < deadline, f"waited {timeout_s:g} s until {what}; problems so far: {self.problems}"
+            assert time.monotonic() < deadline, f"waited {PATIENCE_S:g} s until {what}; problems so far: {self.problems}"
             if not self.drive(*sides):
                 time.sleep(0.0005)
 
@@ -269,14 +270,14 @@ class Rig:
             if not self.drive(*sides):
                 time.sleep(0.0005)
 
-    def until_answered(self, *writes: Write, timeout_s: float = PATIENCE_S) -> None:
+    def until_answered(self, *writes: Write) -> None:
         """Each of these, or of all writes, has an outcome."""
         chosen = writes or tuple(self.writes)
         missing = partial(lambda: [write.op for write in chosen if not write.answered])
         try:
-            self.until(lambda: not missing(), "every operation has an outcome", timeout_s=timeout_s)
+            self.until(lambda: not missing(), "every operation has an outcome")
         except AssertionError as error:
-            raise AssertionError(f"operations {missing()} have no outcome after {timeout_s:g} s") from error
+            raise AssertionError(f"operations {missing()} have no outcome after {PATIENCE_S:g} s") from error
 
     # --- judging ---------------------------------------------------------------------------------------------------------
 
@@ -299,6 +300,9 @@ class Rig:
         state = {"WriteDone": "done", "WriteFailed": "failed", "WriteUnknown": "unknown", "WriteSettled": "settled"}[told]
         if write.over or (write.outcome == "unknown") != (state == "settled"):
             self.problems.append(f"operation {write.op} is {write.outcome}, and {told} came")
+            return
+        if write.sender.closed:  # its memory is the test's
+            write.outcome = state
             return
         if isinstance(event, ev.WriteDone):
             self._judge_done(write, event)

@@ -120,7 +120,7 @@ class Storm:
         return steps
 
     def run(self, rooms: int = ROOMS) -> None:
-        """Run all scripts at once, heal, and wait until all concluded and all memory is back."""
+        """Run all scripts at once, wait until all concluded and all memory is back, and heal."""
         left = [self.script(room) for room in range(rooms)]
         while left:
             script = self.dice.choice(left)
@@ -128,9 +128,8 @@ class Storm:
             left = [each for each in left if each]
             for _ in range(self.dice.randint(0, 3)):
                 self.step()
-        self.until(lambda: sum(bool(life.outcome) for life in self.lives()) >= rooms, "half of all rooms concluded, faults or not")
-        self.faulty.heal()
         self.until(lambda: all(life.free for life in self.lives()), "every room concluded and its memory is back")
+        self.faulty.heal()
 
     def lives(self) -> list[Any]:
         return self.prefill.lives + self.decode.lives
