@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0  # the CPU build; without the pin pip would fetch gigabytes of CUDA packages
 TRANSPORT ?= zmq
 NIXL   ?= nixl==1.5.1 nixl-cu12==1.5.1  # runs on a CPU, too; without its dependencies, which are a CUDA torch
+MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1  # without its dependencies: they are its store's
 SOURCES := pd_fsm transports examples benchmarks tests
 
 .DEFAULT_GOAL := help
@@ -25,7 +26,11 @@ $(VENV)/.ready: pyproject.toml
 setup-transports: $(VENV)/.transports  ## the transfer libraries that run on this machine, for their tests
 
 $(VENV)/.transports: $(VENV)/.ready
+	@ldconfig -p | grep -q 'libibverbs.so.1 ' || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq libibverbs1; \
+	  else echo "Mooncake needs the system's libibverbs: apt install libibverbs1 (as root), then make setup-transports"; exit 1; fi; }
 	$(BIN)/pip install --quiet --no-deps $(NIXL)
+	$(BIN)/pip install --quiet --no-deps $(MOONCAKE)
 	touch $@
 
 demo: setup  ## real engine processes hand their KV cache over; checks the answers (under 2 min)

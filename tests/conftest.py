@@ -21,3 +21,10 @@ def nixl_library() -> None:
     """For tests over the real library."""
     if find_spec("nixl") is None:
         lacking("NIXL, which `make setup-transports` installs")
+
+
+@pytest.fixture
+def mooncake_library() -> None:
+    """For tests over the real library."""
+    if find_spec("mooncake") is None:
+        lacking("Mooncake, which `make setup-transports` installs")

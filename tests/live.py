@@ -15,15 +15,16 @@ __all__ = ["PAGES", "PAGE_SIZE", "Engine", "World", "make_engine", "messages", "
 
 
 class World(engines.World):
-    """`transport` is "memory", "nixl", or "tcp" or "ipc" of ZeroMQ. A memory world has a hub of its own."""
+    """`transport` is "memory", "nixl", "mooncake", or "tcp" or "ipc" of ZeroMQ. A memory world has a hub of its own."""
 
     def __init__(self, transport: str, thread: bool, directory: Path, deadlines: pd_fsm.Deadlines | None = None) -> None:
         self.hub = Hub()
         options: dict[str, Any] = {
             "memory": {"hub": self.hub},
             "nixl": {},
+            "mooncake": {},
             "tcp": {},
             "ipc": {"scheme": "ipc", "directory": str(directory)},
         }[transport]
-        name = transport if transport in ("memory", "nixl") else "zmq"
+        name = transport if transport in ("memory", "nixl", "mooncake") else "zmq"
         super().__init__(Target(name, options), thread, directory, deadlines)

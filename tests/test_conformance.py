@@ -21,6 +21,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "zmq-ipc": ("zmq", IPC, [f"{PACKAGE}.test_planes", f"{PACKAGE}.test_sessions"]),
     # Its processes take seconds to start; `make conformance TRANSPORT=nixl` runs those tests, too.
     "nixl": ("nixl", PORT, [f"{PACKAGE}.test_planes", f"{PACKAGE}.test_sessions", f"{PACKAGE}.test_faults"]),
+    "mooncake": ("mooncake", PORT, [f"{PACKAGE}.test_planes", f"{PACKAGE}.test_processes"]),  # the rest: `make conformance`
 }
 
 
@@ -35,8 +36,8 @@ def run(folder: Path, transport: str, options: dict[str, Any], *arguments: str) 
 @pytest.mark.timeout(RUN_S + 20)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_built_in_transport_conforms(tmp_path: Path, name: str, request: pytest.FixtureRequest) -> None:
-    if name == "nixl":
-        request.getfixturevalue("nixl_library")
+    if name in ("nixl", "mooncake"):
+        request.getfixturevalue(f"{name}_library")
     transport, options, parts = RUNS[name]
     status, said = run(tmp_path / "run", transport, options, *parts)
     assert status == 0, said

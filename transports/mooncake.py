@@ -34,8 +34,8 @@ def create(
 
     `protocol` is one that the installed build has ("tcp", "rdma", "ascend" ...), the same on both sides; `devices` names network
     devices to Mooncake, separated by commas. `engine_name` replaces the session's host as the engine's name, for protocols that
-    want more in it (ascend: "ip:port:npu_0"). `residual_ms` bounds how long bytes on the way may still land after their connection was
-    closed. A write that does not end for `stall_ms` is reported as unknown. `workers` threads work for all writes.
+    want more in it (ascend: "ip:port:npu_0"). `residual_ms` bounds how long bytes on the way may still land after their connection
+    was closed. A write that does not end for `stall_ms` is reported as unknown. `workers` threads work for all writes.
 
     Raises ConfigError for what cannot work and MissingDependency without the library.
     """
@@ -68,4 +68,4 @@ def create(
         data.close()
         close_control(linger_ms)
 
-    return Transport("mooncake", control, data, close)
+    return Transport("mooncake", control, data, close, figures=data.figures)

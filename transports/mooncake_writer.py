@@ -43,6 +43,8 @@ POLL_S_MIN, POLL_S_MAX = 50e-6, 5e-3
 POLL_S_SLOW = 0.05
 AGAIN_S_MIN, AGAIN_S_MAX = 0.05, 10.0
 
+FIGURES = ("bytes", "flights", "errors", "stalled", "unknown", "settled", "engines", "unanswered", "refused")
+
 Job = Callable[[], None]
 
 
@@ -133,7 +135,7 @@ class Writer:
         workers: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter(dict.fromkeys(FIGURES, 0))
         self._host = host
         self._protocol = protocol
         self._make_engine = make_engine
