@@ -41,6 +41,7 @@ CORE_BANNED = {
 }
 CORE_THIRD_PARTY = {"attrs", "transitions", "msgspec", "graphviz"}  # graphviz draws the diagrams, if it is installed
 ONE_TRANSPORT = {
+    "mooncake": {"mooncake", "mooncake_data", "mooncake_engine", "mooncake_peer", "mooncake_writer"},
     "zmq": {"zmq", "zmq_data"},
     "nixl": {"nixl", "nixl_agent", "nixl_data", "nixl_memory", "nixl_writer"},
 }
