@@ -1,7 +1,7 @@
 """1 GiB of KV cache over a transfer library, beside the bare library on the same blocks, in turns in the same two processes.
 
 32 layers, K and V, pages of 64 KiB. Contiguous pages are neighbours on both sides; fragmented ones are in random order on both. The
-bare side is one agent more in each process, over the same memory: it makes, posts and awaits the transfers of the same pages, and
+bare side is one agent or engine more in each process, over the same memory: it writes the same pages as the library does best, and
 nothing else. Ours counts from `send` to success on both sides. A library that is not installed has no rows.
 """
 
@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 import pd_fsm
 from pd_fsm.benchmarks import pairs
 from pd_fsm.benchmarks.rows import Row, Spread
+from pd_fsm.transports import mooncake_engine
 from pd_fsm.transports.nixl_agent import Agent, State
 
-LIBRARIES = ("nixl",)
+LIBRARIES = ("nixl", "mooncake")
 CASES = (("contiguous", 1, 0.95), ("contiguous", 16, 0.95), ("fragmented", 1, 0.90), ("fragmented", 16, 0.90))
 """(order of the pages, chunks, share of the bare library's throughput that is the goal)."""
 REGIONS = 64
@@ -65,7 +66,7 @@ def child(role: str) -> None:
     with pd_fsm.open_session(role, layout, rendezvous=meeting.registry.client(), **settings) as session:
         if prefill:
             pairs.report(meeting.record())
-        bare = BareNixl(prefill, buffers, Path(told["start"]).with_name("bare"))
+        bare = BARE[told["library"]](prefill, buffers, Path(told["start"]).with_name("bare"))
         took: dict[str, list[int]] = {"ours": [], "bare": []}
         for room in range(told["rounds"]):
             began = start.wait(session.progress)
@@ -76,7 +77,7 @@ def child(role: str) -> None:
             if prefill:
                 took["bare"].append(bare.write(order, told["chunks"]) - began)
         start.wait(session.progress)
-        bare.agent.close()
+        bare.close()
     start.close()
     total = REGIONS * pages * PAGE_BYTES
     pairs.report({what: [total / nanoseconds for nanoseconds in times] for what, times in took.items()})
@@ -129,6 +130,9 @@ class BareNixl:
         self._local = self.agent.prepare("", "DRAM", np.array(rows, dtype=np.uint64))
         self._remote = self.agent.prepare("bare-decode", "DRAM", np.load(meeting.with_suffix(".npy")))
 
+    def close(self) -> None:
+        self.agent.close()
+
     def write(self, order: NDArray[np.int64], chunks: int) -> int:
         """Write every page in all regions; when the last one was placed, in ns."""
         targets = order if (order == np.arange(len(order))).all() else np.random.default_rng(2).permutation(len(order))
@@ -147,6 +151,53 @@ class BareNixl:
         for handle in handles:
             self.agent.release(handle)
         return ended
+
+
+class BareMooncake:
+    """An engine of its own over the same buffers: batches of at most 1,024 blocks, one after the other, waited for by the library.
+
+    Neighbouring pages are merged, as ours are.
+    """
+
+    def __init__(self, prefill: bool, buffers: list[NDArray[np.uint8]], meeting: Path) -> None:
+        self._engine = mooncake_engine.load_library("tcp").TransferEngine()
+        assert self._engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
+        self._own = np.array([buffer.ctypes.data for buffer in buffers], dtype=np.uint64)
+        assert self._engine.batch_register_memory(self._own.tolist(), [buffer.nbytes for buffer in buffers]) == 0
+        if not prefill:
+            new = meeting.with_suffix(".new.npy")
+            np.save(new, np.append(self._own, np.uint64(self._engine.get_rpc_port())))
+            new.rename(meeting)
+            return
+        deadline = time.monotonic() + pairs.STEP_TIMEOUT_S
+        while not meeting.exists():
+            assert time.monotonic() < deadline, "the other side's bare engine did not come"
+            time.sleep(0.01)
+        with meeting.open("rb") as said:
+            *theirs, port = np.load(said).tolist()
+        self._theirs, self._target = np.array(theirs, dtype=np.uint64), f"127.0.0.1:{port}"
+
+    def write(self, order: NDArray[np.int64], chunks: int) -> int:
+        """Write every page in all regions; when the last one was placed, in ns."""
+        targets = order if (order == np.arange(len(order))).all() else np.random.default_rng(2).permutation(len(order))
+        for sources, places in zip(np.array_split(order, chunks), np.array_split(targets, chunks), strict=True):
+            first = np.flatnonzero((np.diff(sources, prepend=-2) != 1) | (np.diff(places, prepend=-2) != 1))
+            nbytes = np.diff(np.append(first, len(sources))) * PAGE_BYTES
+            columns = [
+                (base[:, None] + (pages[first] * PAGE_BYTES).astype(np.uint64)).ravel().tolist()
+                for base, pages in ((self._own, sources), (self._theirs, places))
+            ]
+            lengths = np.tile(nbytes, REGIONS).tolist()
+            for begin in range(0, len(lengths), 1_024):
+                batch = [column[begin : begin + 1_024] for column in (*columns, lengths)]
+                assert self._engine.batch_transfer_sync_write(self._target, *batch) == 0, "a bare transfer failed"
+        return time.monotonic_ns()
+
+    def close(self) -> None:
+        self._engine = None
+
+
+BARE: dict[str, Any] = {"nixl": BareNixl, "mooncake": BareMooncake}
 
 
 if __name__ == "__main__":
