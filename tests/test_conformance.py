@@ -51,6 +51,13 @@ def test_what_does_not_apply_is_said(tmp_path: Path) -> None:
     assert "failed" not in said, status
 
 
+def test_a_library_may_need_a_process_for_each_role(tmp_path: Path) -> None:
+    status, said = run(tmp_path / "run", "zmq", {}, PACKAGE, "--pd-fsm-two-processes", "-k", "burst_of_rooms_is or scattered")
+    assert status == 0, said
+    assert "1 passed" in said
+    assert "one session a process (--pd-fsm-two-processes)" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

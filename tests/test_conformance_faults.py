@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.test_conformance import PACKAGE, run
 
 Check: TypeAlias = Callable[[Rig], None]
 COPIED = Path(carrier.__file__)
+PAGE = COPIED.parent.parent / "docs" / "conformance.md"
 
 FAULTS: dict[str, tuple[Check, dict[str, Any], str]] = {
     "is done too early": (Data().test_scattered_pages_arrive_and_nothing_else_changes, {}, "not all of its bytes are there"),
@@ -113,3 +115,15 @@ def test_the_command_fails_for_a_transport_with_a_fault(tmp_path: Path) -> None:
     status, said = run(folder, "my_carrier:create", options, f"{PACKAGE}.test_planes", "-k", "many_writes_at_once")
     assert status == pytest.ExitCode.TESTS_FAILED
     assert "is done, and WriteDone came" in said
+
+
+def test_the_example_of_the_page_has_its_bug_and_its_fix(tmp_path: Path) -> None:
+    wrong, cancel = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    begin, end = wrong.index("    def cancel("), wrong.index("    def end(")
+    for name, code in (("wrong", wrong), ("right", wrong[:begin] + cancel + "\n" + wrong[end:])):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "carrier.py").write_text(code)
+        status, said = run(folder, "carrier:create", {}, f"{PACKAGE}.test_planes", "-k", "cancelled or lost_peer or comes_after")
+        assert status == (pytest.ExitCode.TESTS_FAILED if name == "wrong" else pytest.ExitCode.OK), said
+        assert ("and nothing may touch them" in said) == (name == "wrong")

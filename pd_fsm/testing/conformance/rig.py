@@ -362,8 +362,14 @@ class Rig:
                     wrong = set(np.flatnonzero((buffer != mirror).any(axis=1)).tolist())
                     wrong -= {page for pages in open_pages for page in pages.tolist()}
                     assert not wrong, (
-                        f"pages {sorted(wrong)[:10]} of region {number} of {side.name} changed, and nothing may touch them"
+                        f"pages {sorted(wrong)[:8]} of region {number} of {side.name} changed, and nothing may touch them"
+                        f"{self._history(side, wrong)}"
                     )
+
+    def _history(self, side: Side, pages: set[int]) -> str:
+        """Which operations had these pages."""
+        told = [f"operation {w.op} ({w.outcome})" for w in self.writes if w.receiver is side and pages & set(w.targets.tolist())]
+        return f"; they had been written to by {', '.join(told[:4])}" if told else "; no operation had them"
 
 
 def placed(write: Write) -> bool:

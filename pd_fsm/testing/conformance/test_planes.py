@@ -266,6 +266,16 @@ class TestData:
         assert {write.outcome for write in writes[:-1]} == {"done"}
         rig.finish()
 
+    @pytest.mark.parametrize("pages", [1, 4, 16])
+    def test_a_write_that_is_cancelled_as_it_begins(self, rig: Rig, pages: int) -> None:
+        """The call comes right after submit(), while another thread may just take the write up."""
+        prefill, decode = rig.pair(**BULK)
+        for begin in range(0, BULK["pages"], pages):
+            write = rig.write(prefill, decode, range(begin, begin + pages), range(begin, begin + pages))
+            rig.call(prefill, "cancel", write.op)
+        rig.until_answered()
+        rig.finish()
+
     @pytest.mark.parametrize("when", ["at once", "on its way", "afterwards"])
     def test_a_cancelled_write_has_its_outcome_once(self, rig: Rig, when: str) -> None:
         prefill, decode = rig.pair(**BULK)
@@ -324,7 +334,7 @@ class TestData:
         prefill, gone, decode = rig.side("prefill", **BULK), rig.side("decode", **BULK), rig.side("decode", **BULK)
         for each in (gone, decode):
             rig.meet(prefill, each)
-        lost = [rig.write(prefill, gone, range(n, n + 8), range(8)) for n in (0, 8)]
+        lost = [rig.write(prefill, gone, range(n, n + 8), range(n, n + 8)) for n in (0, 8)]
         kept = [rig.write(prefill, decode, range(n, n + 8), range(n, n + 8)) for n in (16, 24)]
         rig.call(prefill, "peer_down", gone.incarnation)
         rig.until_answered(*lost, *kept)
