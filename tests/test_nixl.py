@@ -97,6 +97,17 @@ def test_long_runs_of_pages_go_in_several_transfers(world: World) -> None:
     assert seen.get("prepared", 0) == 0
 
 
+def test_the_connection_is_made_before_the_first_write(world: World) -> None:
+    """So that the first room does not wait for it, some tens of milliseconds."""
+    prefill, decode = world.pair()
+    sender, receiver = prefill.session.send(1), decode.session.receive(1, [3])
+    lanes = plane(prefill)._writer._lanes  # type: ignore[union-attr]
+    world.until(lambda: any(lane.warm for lane in lanes.values()), "the peer was probed")
+    sender.send([2], (0, 4), last=True)
+    assert world.conclude(sender, receiver) == SUCCEEDED
+    assert plane(prefill).figures()["now"] == 1
+
+
 # --- options -----------------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +199,7 @@ def test_metadata_that_the_real_library_refuses_costs_that_peer_alone(world: Wor
         host = writer._host
         object.__setattr__(host, "emit", said.append)
         for length in (len(name) + 30, len(good) // 2, len(good) - 3):
-            writer.begin_lane(stranger, pack_descriptor(stranger, theirs[:length], local_memory(decode.layout), b""))
+            writer.begin_lane(stranger, pack_descriptor(stranger, theirs[:length], 0, local_memory(decode.layout), b""))
             writer.round()
         object.__setattr__(host, "emit", prefill.session.driver.emit)
     assert [type(event) for event in said] == [ev.PeerUnreachable] * 3

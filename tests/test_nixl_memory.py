@@ -28,6 +28,7 @@ from pd_fsm.transports.nixl_memory import (
 )
 
 PEER, OTHER = b"D" * 16, b"E" * 16
+PROBE = 4096
 SIZES = ((8, 16), (8, 16), (5, 48), (12, 3))  # (items, item bytes) of each region
 
 
@@ -169,12 +170,14 @@ def metadata(name: str) -> bytes:
 def descriptor(of: bytes = PEER, secret: bytes = b"", **changes: Any) -> bytes:
     """A good one, with some values changed before it is sealed."""
     said = local_memory(layout())
-    return pack_descriptor(of, changes.pop("metadata", metadata(agent_name(of))), attrs.evolve(said, **changes), secret)
+    return pack_descriptor(of, changes.pop("metadata", metadata(agent_name(of))), PROBE, attrs.evolve(said, **changes), secret)
 
 
 def test_a_descriptor_arrives_as_it_was() -> None:
     there = layout()
-    said, seen = unpack_descriptor(pack_descriptor(PEER, metadata(agent_name(PEER)), local_memory(there), b""), PEER, layout(), b"")
+    descriptor = pack_descriptor(PEER, metadata(agent_name(PEER)), PROBE, local_memory(there), b"")
+    said, probe, seen = unpack_descriptor(descriptor, PEER, layout(), b"")
+    assert probe == PROBE
     assert said == metadata(agent_name(PEER))
     assert seen.address.tolist() == [region.address for region in there.regions]
     assert seen.items.tolist() == [6, 6]
@@ -202,7 +205,10 @@ def test_a_descriptor_arrives_as_it_was() -> None:
         ),
         (descriptor(address=np.array([0, 4096], dtype=np.uint64)), "an address that no memory has"),
         (descriptor(address=np.array([4096, 1 << 63], dtype=np.uint64)), "an address that no memory has"),
-        (pack_descriptor(PEER, metadata(agent_name(PEER)), local_memory(layout(regions=3)), b""), "it has 3 regions, this side 2"),
+        (
+            pack_descriptor(PEER, metadata(agent_name(PEER)), PROBE, local_memory(layout(regions=3)), b""),
+            "it has 3 regions, this side 2",
+        ),
     ],
 )
 def test_a_descriptor_that_makes_no_sense_is_refused(bad: bytes, why: str) -> None:

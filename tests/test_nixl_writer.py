@@ -29,6 +29,7 @@ from pd_fsm.transports.nixl_writer import Writer
 from tests.live import until
 
 PEER, OTHER, SELF = b"D" * 16, b"E" * 16, b"P" * 16
+PROBE = 4096
 RESIDUAL_MS = 500.0
 LOST = (State.DISCONNECTED, "NIXL lost the connection")
 
@@ -45,6 +46,8 @@ class ScriptedAgent:
     refuses: str = ""
     handles: int = 0
     lists: int = 0
+    probe: tuple[State, str] = (State.DONE, "")
+    probes: int = 0
 
     def prepare(self, peer: str, mem: str, rows: NDArray[np.uint64]) -> int:
         self.lists += 1
@@ -75,7 +78,14 @@ class ScriptedAgent:
         assert (local[:, 1] == remote[:, 1]).all()
         return self.make_prepared(0, local, 0, remote)
 
+    def make_probe(self, peer: str, address: int) -> int:
+        assert address == PROBE
+        self.probes += 1
+        return -self.probes
+
     def post(self, handle: int, notice: bytes) -> tuple[State, str]:
+        if handle < 0:
+            return self.probe
         self.calls.append(("post", handle, notice))
         return self.posts.get(handle, (State.POSTED, ""))
 
@@ -83,7 +93,8 @@ class ScriptedAgent:
         return self.ends.get(handle, (State.POSTED, ""))
 
     def release(self, handle: int) -> bool:
-        self.calls.append(("release", handle))
+        if handle > 0:
+            self.calls.append(("release", handle))
         return self.releases
 
     def telemetry(self, handle: int) -> Telemetry | None:
@@ -125,7 +136,7 @@ class Bench:
     def up(self, peer: bytes = PEER, seal: bytes | None = None) -> None:
         name = agent_name(peer).encode()
         metadata = b"nixlSerDes|Agent" + len(name).to_bytes(8, "little") + name + b"|"
-        self.writer.begin_lane(peer, pack_descriptor(seal or peer, metadata, local_memory(self.layout), b""))
+        self.writer.begin_lane(peer, pack_descriptor(seal or peer, metadata, PROBE, local_memory(self.layout), b""))
 
     def posted(self) -> list[int]:
         return [call[1] for call in self.agent.calls if call[0] == "post"]
@@ -404,6 +415,59 @@ def test_halt_posts_nothing_more_and_abandon_lets_go(bench: Bench) -> None:
     assert not bench.writer.idle()
     bench.writer.abandon()
     assert ("release", 1) in bench.agent.calls
+
+
+# --- probes ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_is_probed_once_so_that_its_first_small_write_is_made_at_once(bench: Bench) -> None:
+    assert bench.agent.probes == 1
+    bench.agent.posts[1] = (State.DONE, "")
+    assert bench.writer.write_now(7, PEER, 7, bench.plan(1), b"")
+    bench.agent.posts[2] = LOST
+    bench.write(8)
+    bench.rounds()
+    assert bench.writer.counts["reconnects"] == 1
+    assert bench.agent.probes == 1, "a peer that is gone is not asked again and again"
+
+
+def test_a_probe_under_way_keeps_no_write_waiting() -> None:
+    bench = make_bench()
+    bench.agent.probe = (State.POSTED, "")
+    bench.up()
+    assert not bench.writer.idle()
+    bench.write(7)
+    bench.rounds()
+    assert bench.posted() == [1]
+    bench.agent.end(1, -1)
+    bench.rounds()
+    assert bench.said == [ev.WriteDone(7, 4096)]
+    assert bench.writer.idle()
+
+
+@pytest.mark.parametrize("how", [LOST, (State.FAILED, "NIXL failed")], ids=["lost", "failed"])
+def test_a_probe_that_fails_fails_nothing_else(how: tuple[State, str]) -> None:
+    bench = make_bench()
+    bench.agent.probe = how
+    bench.up()
+    bench.agent.posts[1] = (State.DONE, "")
+    bench.write(7)
+    bench.rounds()
+    assert bench.said == [ev.WriteDone(7, 4096)]
+
+
+def test_a_peer_is_given_up_while_it_is_probed() -> None:
+    bench = make_bench()
+    bench.agent.probe = (State.POSTED, "")
+    bench.up()
+    bench.writer.end_lane(PEER)
+    bench.rounds()
+    assert bench.agent.peers
+    bench.agent.end(-1, how=LOST)
+    bench.rounds()
+    assert not bench.agent.peers
+    assert bench.said == []
+    assert bench.writer.idle()
 
 
 # --- turns -------------------------------------------------------------------------------------------------------------------

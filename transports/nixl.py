@@ -46,7 +46,7 @@ def create(
     if progress_ms < 1:
         raise ConfigError(f"progress_ms must be at least 1, not {progress_ms}: below, NIXL's thread never sleeps")
     memory = local_memory(host.layout)
-    writes = host.role == "prefill"
+    writes, key = host.role == "prefill", secret.encode()
     agent = Agent(agent_name(host.incarnation), backend, backend_options or {}, 0.0 if writes else progress_ms, telemetry)
     try:
         for kind, mem in enumerate(MEMS):
@@ -54,8 +54,10 @@ def create(
                 if mem not in agent.mems:
                     raise ConfigError(f"NIXL's back end {backend!r} takes {', '.join(agent.mems)}, and the layout has {mem} memory")
                 agent.register(mem, memory.blocks(kind))
-        writer = Writer(host, agent, memory, secret=secret.encode(), residual_ms=residual_ms) if writes else None
-        descriptor = b"" if writes else pack_descriptor(host.incarnation, agent.metadata(), memory, secret.encode())
+        writer = Writer(host, agent, memory, secret=key, residual_ms=residual_ms) if writes else None
+        descriptor = (
+            b"" if writes else pack_descriptor(host.incarnation, agent.metadata(), agent.probe_address, memory, secret.encode())
+        )
         control, close_control = tcp_control(host, control_port)
     except BaseException:
         agent.close()

@@ -98,6 +98,11 @@ class Agent:
             self.mems = [str(mem).removesuffix("_SEG") for mem in self._agent.getBackendParams(handle)[1]]
         except self._errors as error:
             raise ConfigError(f"NIXL could not create its back end {backend!r} with {dict(options)}: {error}") from error
+        self._scratch = np.zeros(64, dtype=np.uint8)
+        self.probe_address = int(self._scratch.ctypes.data) if "DRAM" in self.mems else 0
+        """A byte that peers may read to make a connection; 0 when there is none."""
+        if self.probe_address:
+            self.register("DRAM", np.array([[self.probe_address, len(self._scratch), 0]], dtype=np.uint64))
 
     def register(self, mem: str, blocks: NDArray[np.uint64]) -> None:
         """Let the back end use memory. `blocks`: uint64 [n, 3] of address, bytes, device. Raises ConfigError.
@@ -175,6 +180,15 @@ class Agent:
             return int(self._agent.createXferReq(nixl.NIXL_WRITE, source, nixl.nixlXferDList(self._mems[remote_mem], remote), peer))
         except self._errors as error:
             raise WireError(f"NIXL refused the transfer: {error}") from error
+
+    def make_probe(self, peer: str, address: int) -> int:
+        """A transfer that reads the byte which a peer offers for that. Raises WireError: nothing began."""
+        nixl, dram = self._nixl, self._mems["DRAM"]
+        sides = [nixl.nixlXferDList(dram, np.array([[at, 1, 0]], dtype=np.uint64)) for at in (self.probe_address, address)]
+        try:
+            return int(self._agent.createXferReq(nixl.NIXL_READ, *sides, peer))
+        except self._errors as error:
+            raise WireError(f"NIXL refused the probe: {error}") from error
 
     def post(self, handle: int, notice: bytes) -> tuple[State, str]:
         """Begin a transfer; `notice`, if any, is sent to the peer's agent after its bytes are placed."""

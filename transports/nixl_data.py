@@ -93,7 +93,7 @@ class NixlData:
                 self._busy.release()
             if done:
                 if not idle:
-                    self._wake.set()
+                    self._wake_thread()
                 return
         self._tell(lambda writer: writer.begin_write(op, peer, generation, plan, notice))
 
@@ -103,6 +103,9 @@ class NixlData:
 
     def _tell(self, command: Callable[[Writer], None]) -> None:
         self._commands.append(command)
+        self._wake_thread()
+
+    def _wake_thread(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"pd-fsm-nixl-{self._host.name}", daemon=True)
             self._thread.start()

@@ -24,15 +24,17 @@ from pd_fsm.kv.layout import Region
 VERSION = 1
 MEMS = ("DRAM", "VRAM")
 ITEMS_MAX = (1 << 31) - 1
-_ADDRESS_BITS = 57  # the widest virtual address of a 64-bit machine
+ADDRESS_BITS = 57  # the widest virtual address of a 64-bit machine
 
 
 class Descriptor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What travels in the handshake. Packed little-endian arrays, one entry a region: address uint64, items and item_bytes int64,
-    device int32 (-1 - device for device memory). `seal` covers everything, and whose it is."""
+    device int32 (-1 - device for device memory). `probe` is the address of a byte that may be read to make the connection, or 0.
+    `seal` covers everything, and whose it is."""
 
     version: int
     metadata: Annotated[bytes, Meta(max_length=2 << 20)]
+    probe: Annotated[int, Meta(ge=0, lt=1 << ADDRESS_BITS)]
     address: Annotated[bytes, Meta(max_length=1 << 19)]
     items: Annotated[bytes, Meta(max_length=1 << 19)]
     item_bytes: Annotated[bytes, Meta(max_length=1 << 19)]
@@ -76,7 +78,7 @@ def _memory(
         raise ValueError("the lists of its regions differ in length")
     if len(items) and (items.min() < 1 or item_bytes.min() < 1 or (items > (1 << 48) // item_bytes).any()):
         raise ValueError("one of its regions has a size that no memory has")
-    if (address >> np.uint64(_ADDRESS_BITS)).any() or (address == 0).any():
+    if (address >> np.uint64(ADDRESS_BITS)).any() or (address == 0).any():
         raise ValueError("one of its regions has an address that no memory has")
     mem = (packed_device < 0).astype(np.int8)
     first = np.zeros(len(items), dtype=np.int64)
@@ -130,7 +132,7 @@ def agent_incarnation(name: str) -> bytes:
         return b""
 
 
-def pack_descriptor(incarnation: bytes, metadata: bytes, memory: Memory, secret: bytes) -> bytes:
+def pack_descriptor(incarnation: bytes, metadata: bytes, probe: int, memory: Memory, secret: bytes) -> bytes:
     """This side's descriptor. With a `secret`, only those who know it can make one that a peer takes."""
     packed_device = np.where(memory.mem == 1, -1 - memory.device, memory.device)
     columns = (
@@ -139,11 +141,12 @@ def pack_descriptor(incarnation: bytes, metadata: bytes, memory: Memory, secret:
         memory.item_bytes.astype("<i8").tobytes(),
         packed_device.astype("<i4").tobytes(),
     )
-    return msgspec.msgpack.encode(Descriptor(VERSION, metadata, *columns, _seal(incarnation, secret, metadata, *columns)))
+    seal = _seal(incarnation, secret, metadata, probe, *columns)
+    return msgspec.msgpack.encode(Descriptor(VERSION, metadata, probe, *columns, seal))
 
 
-def unpack_descriptor(descriptor: bytes, peer: bytes, layout: KVLayout, secret: bytes) -> tuple[bytes, Memory]:
-    """(metadata for the agent, memory) of a peer. Raises WireError for anything that is not what this peer must have sent.
+def unpack_descriptor(descriptor: bytes, peer: bytes, layout: KVLayout, secret: bytes) -> tuple[bytes, int, Memory]:
+    """(metadata for the agent, address to probe or 0, memory) of a peer. Raises WireError for what this peer cannot have sent.
 
     NIXL and UCX parse the metadata in native code, which was seen to crash on a few flipped bytes. What they are given is therefore
     sealed: without a secret that finds corruption, with one it keeps everybody out who does not know it. And it must name the
@@ -155,7 +158,7 @@ def unpack_descriptor(descriptor: bytes, peer: bytes, layout: KVLayout, secret: 
         raise WireError(f"its descriptor of {len(descriptor)} bytes is malformed: {error}") from None
     if said.version != VERSION:
         raise WireError(f"its descriptor has version {said.version}, not {VERSION}")
-    seal = _seal(peer, secret, said.metadata, said.address, said.items, said.item_bytes, said.device)
+    seal = _seal(peer, secret, said.metadata, said.probe, said.address, said.items, said.item_bytes, said.device)
     if not hmac.compare_digest(seal, said.seal):
         raise WireError("its descriptor is damaged, not its own, or sealed with another secret (transport option `secret`)")
     name = agent_name(peer).encode()
@@ -172,13 +175,13 @@ def unpack_descriptor(descriptor: bytes, peer: bytes, layout: KVLayout, secret: 
         raise WireError(f"its descriptor makes no sense: {error}") from None
     if len(memory.items) != len(layout.regions):
         raise WireError(f"it has {len(memory.items)} regions, this side {len(layout.regions)}")
-    return said.metadata, memory
+    return said.metadata, said.probe, memory
 
 
-def _seal(incarnation: bytes, secret: bytes, *parts: bytes) -> bytes:
+def _seal(incarnation: bytes, secret: bytes, metadata: bytes, probe: int, *columns: bytes) -> bytes:
     key = hashlib.blake2b(secret).digest() if secret else b""
     digest = hashlib.blake2b(key=key, digest_size=32, person=b"pd-fsm nixl")
-    for part in (incarnation, *parts):
+    for part in (incarnation, metadata, probe.to_bytes(8, "little"), *columns):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.digest()

@@ -51,11 +51,12 @@ class Write:
 
 @attrs.define(eq=False)
 class Transfer:
-    """One handle of the library that was posted."""
+    """One handle of the library that was posted; `write` is None for a probe."""
 
     handle: int
     nbytes: int
-    write: Write
+    lane: Lane
+    write: Write | None
 
 
 @attrs.define(eq=False)
@@ -185,7 +186,18 @@ class Writer:
             lane.stale = lane.route is not None
         self._active[peer] = lane
         if lane.route is None:
-            self._load(lane)
+            probe = self._load(lane)
+            if probe:
+                self._probe(lane, probe)
+
+    def _probe(self, lane: Lane, address: int) -> None:
+        """Have the library make the connection while prefill still computes: by reading a byte that the peer offers for that. In a
+        first write it would cost some ten milliseconds. Whether it succeeds does not matter."""
+        try:
+            handle = self._agent.make_probe(lane.name, address)
+        except WireError:
+            return
+        self._begin(Transfer(handle, 0, lane, None), b"")
 
     def end_lane(self, peer: bytes) -> None:
         """Everything outstanding gets its outcome now; the connection is closed once the library holds nothing of it any more."""
@@ -194,17 +206,19 @@ class Writer:
             return
         lane.descriptor = None
         self._active[peer] = lane
-        for write in [*lane.waiting(), *{transfer.write.op: transfer.write for transfer in lane.posted}.values()]:
+        posted = {transfer.write.op: transfer.write for transfer in lane.posted if transfer.write is not None}
+        for write in [*lane.waiting(), *posted.values()]:
             self._stop(write, "the peer was given up")
             if write.posted:
                 self._report_unknown(write, "the peer was given up while it was on its way")
 
-    def _load(self, lane: Lane) -> None:
-        """Make the peer's memory known to the agent. A descriptor that makes no sense costs this peer alone."""
+    def _load(self, lane: Lane) -> int:
+        """Make the peer's memory known to the agent, and return the address to probe or 0. A descriptor that makes no sense costs
+        this peer alone."""
         assert lane.descriptor is not None
         assert lane.route is None
         try:
-            metadata, memory = unpack_descriptor(lane.descriptor, lane.peer, self._host.layout, self._secret)
+            metadata, probe, memory = unpack_descriptor(lane.descriptor, lane.peer, self._host.layout, self._secret)
             self._agent.add_peer(lane.name, metadata)
             lane.route = Route.between(self._memory, memory)
             for kind in range(len(MEMS)):
@@ -216,6 +230,8 @@ class Writer:
             lane.descriptor = None
             for write in lane.waiting():
                 self._stop(write, f"the peer cannot be written to: {error}")
+            return 0
+        return probe
 
     def _mend(self, lane: Lane) -> None:
         """Close a connection that failed or is not wanted any more, as soon as none of its transfers is outstanding."""
@@ -332,13 +348,15 @@ class Writer:
             self._stop(write, str(error))
             return
         self.counts["transfers"] += 1
-        transfer = Transfer(handle, nbytes, write)
         write.posted += 1
         lane.in_flight_bytes += nbytes
         self.tell()
-        state, reason = self._agent.post(handle, notice)
+        self._begin(Transfer(handle, nbytes, lane, write), notice)
+
+    def _begin(self, transfer: Transfer, notice: bytes) -> None:
+        state, reason = self._agent.post(transfer.handle, notice)
         if state is State.POSTED:
-            lane.posted.append(transfer)
+            transfer.lane.posted.append(transfer)
         else:
             self._ended(transfer, state, reason)
 
@@ -371,8 +389,7 @@ class Writer:
         return ended
 
     def _ended(self, transfer: Transfer, state: State, reason: str) -> None:
-        write, lane = transfer.write, transfer.write.lane
-        write.posted -= 1
+        write, lane = transfer.write, transfer.lane
         lane.in_flight_bytes -= transfer.nbytes
         if state is State.DONE:
             lane.warm = True
@@ -380,11 +397,15 @@ class Writer:
         else:
             self.counts["errors"] += 1
             lane.failed = lane.failed or state is State.DISCONNECTED
+        self._agent.release(transfer.handle)
+        if write is None:
+            return
+        write.posted -= 1
+        if state is not State.DONE:
             if write not in lane.in_doubt:
                 lane.in_doubt.append(write)
             self._report_unknown(write, reason)
             self._stop(write, reason)
-        self._agent.release(transfer.handle)
         self._finish_if_done(write)
 
     def _measure(self, transfer: Transfer) -> None:
