@@ -156,6 +156,15 @@ def test_nothing_goes_beyond_the_end_of_a_region_of_the_peer(copy: tuple[int, in
         blocks_of(plan_of((0, 0, 0, 16), copy), ROUTES["host to host"], 1 << 20)
 
 
+def test_neighbours_in_host_memory_are_registered_as_one_block() -> None:
+    whole = np.zeros((4, 6, 64), np.uint8)
+    there = pd_fsm.KVLayout([pd_fsm.paged("kv", list(whole), 4), pd_fsm.paged("again", [whole[0]], 4)])
+    assert local_memory(there).blocks(there, 0).tolist() == [[whole.ctypes.data, whole.nbytes, 0]]
+    raw = [pd_fsm.RawBuffer(1 << 20, 6, 64, device=3), pd_fsm.RawBuffer((1 << 20) + 384, 6, 64, device=3)]
+    device = pd_fsm.KVLayout([pd_fsm.paged("kv", raw, 4)])
+    assert local_memory(device).blocks(device, 1).tolist() == [[1 << 20, 384, 3], [(1 << 20) + 384, 384, 3]]
+
+
 # --- descriptors -------------------------------------------------------------------------------------------------------------
 
 

@@ -53,7 +53,7 @@ def create(
             if (memory.mem == kind).any():
                 if mem not in agent.mems:
                     raise ConfigError(f"NIXL's back end {backend!r} takes {', '.join(agent.mems)}, and the layout has {mem} memory")
-                agent.register(mem, memory.blocks(kind))
+                agent.register(mem, memory.blocks(host.layout, kind))
         writer = Writer(host, agent, memory, secret=key, residual_ms=residual_ms) if writes else None
         descriptor = (
             b"" if writes else pack_descriptor(host.incarnation, agent.metadata(), agent.probe_address, memory, secret.encode())

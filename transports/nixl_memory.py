@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from pd_fsm.errors import ConfigError, WireError
 from pd_fsm.kv import KVLayout, Plan
 from pd_fsm.kv.layout import Region
+from pd_fsm.kv.registration import ADDRESS_BITS, blocks_to_register
 
 VERSION = 1
 MEMS = ("DRAM", "VRAM")
 ITEMS_MAX = (1 << 31) - 1
-ADDRESS_BITS = 57  # the widest virtual address of a 64-bit machine
 
 
 class Descriptor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -63,8 +63,11 @@ class Memory:
         columns = (self.address, self.item_bytes, self.device, self.item_bytes, self.items)
         return np.column_stack([column[chosen].astype(np.uint64) for column in columns])
 
-    def blocks(self, mem: int) -> NDArray[np.uint64]:
-        """What to register of one kind of memory: uint64 [n, 3] of address, bytes, device."""
+    def blocks(self, layout: KVLayout, mem: int) -> NDArray[np.uint64]:
+        """What to register of one kind of memory: uint64 [n, 3] of address, bytes, device. Host memory is merged."""
+        if MEMS[mem] == "DRAM":
+            host = [(block.address, block.nbytes, 0) for block in blocks_to_register(layout) if block.host]
+            return np.array(host, dtype=np.uint64)
         chosen = self.mem == mem
         columns = (self.address, self.items * self.item_bytes, self.device)
         return np.column_stack([column[chosen].astype(np.uint64) for column in columns])

@@ -393,7 +393,8 @@ class Writer:
         lane.in_flight_bytes -= transfer.nbytes
         if state is State.DONE:
             lane.warm = True
-            self._measure(transfer)
+            if write is not None:
+                self._measure(transfer)
         else:
             self.counts["errors"] += 1
             lane.failed = lane.failed or state is State.DISCONNECTED
