@@ -172,6 +172,20 @@ def test_a_missing_library_is_named_with_what_to_install(world: World, monkeypat
 # --- peers -------------------------------------------------------------------------------------------------------------------
 
 
+def test_an_agent_is_destroyed_after_others_of_its_process_have_connected_to_it(world: World) -> None:
+    """Otherwise UCX was seen to abort the process."""
+    for _ in range(4):
+        prefill, decode = world.pair()
+        writer = plane(prefill)._writer
+        assert writer is not None
+        descriptor = plane(decode).descriptor
+        plane(prefill)._tell(lambda writer, to=(decode.session.incarnation, descriptor): writer.begin_lane(*to))
+        world.until(lambda writer=writer: bool(writer._lanes), "it begins to connect")  # type: ignore[misc]
+        plane(decode)._agent.close()
+        assert all(lane.warm for lane in writer._lanes.values())
+        world.close()
+
+
 def test_only_sessions_with_the_same_secret_write(world: World) -> None:
     prefill = world.open("prefill", transport_options={"secret": "ours"})
     decode = world.open("decode", transport_options={"secret": "theirs"})

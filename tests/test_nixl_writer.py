@@ -62,6 +62,9 @@ class ScriptedAgent:
             raise WireError(self.refuses)
         self.peers.add(name)
 
+    def connected(self, name: str) -> None:
+        assert name in self.peers
+
     def remove_peer(self, name: str) -> None:
         self.calls.append(("remove", name))
         self.peers.discard(name)

@@ -14,6 +14,7 @@ import ctypes
 import enum
 import importlib
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,12 @@ from pd_fsm.errors import ConfigError, MissingDependency, WireError
 logger = logging.getLogger("pd_fsm.transports.nixl")
 
 INSTALL = "pip install --no-deps nixl nixl-cu12 (or nixl-cu13, nixl-rocm: the one of your accelerator; each runs on a CPU, too)"
+
+
+CONNECT_S = 1.0
+_connecting: set[str] = set()
+"""Agents to which another one of this process is being connected. Destroying one of them then makes UCX abort the process (seen
+with both ends in one process only, as in tests); so it is put off until they are connected, for CONNECT_S at the most."""
 
 
 class State(enum.IntEnum):
@@ -131,6 +138,7 @@ class Agent:
 
         A load that failed half-way leaves the name unusable in the library, so the caller must have made sure whose name it is.
         """
+        _connecting.add(name)
         try:
             loaded = self._agent.loadRemoteMD(metadata)
         except self._errors as error:
@@ -144,6 +152,11 @@ class Agent:
         then says at once that it failed, while its bytes go on landing (measured over TCP)."""
         with contextlib.suppress(*self._errors):
             self._agent.invalidateRemoteMD(name)
+        _connecting.discard(name)
+
+    def connected(self, name: str) -> None:
+        """A first transfer to a peer has ended well."""
+        _connecting.discard(name)
 
     # --- transfers -------------------------------------------------------------------------------------------------------
 
@@ -245,6 +258,9 @@ class Agent:
         its own hand, into it. Idempotent."""
         if self._agent is None:
             return
+        patience = time.monotonic() + CONNECT_S
+        while self.name in _connecting and time.monotonic() < patience:
+            time.sleep(0.001)
         for handle in self._refused:
             with contextlib.suppress(*self._errors):
                 self._agent.releaseXferReq(handle)

@@ -392,7 +392,9 @@ class Writer:
         write, lane = transfer.write, transfer.lane
         lane.in_flight_bytes -= transfer.nbytes
         if state is State.DONE:
-            lane.warm = True
+            if not lane.warm:
+                lane.warm = True
+                self._agent.connected(lane.name)
             if write is not None:
                 self._measure(transfer)
         else:
