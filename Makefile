@@ -9,7 +9,7 @@ MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1  # without its depen
 SOURCES := pd_fsm transports examples benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-transports demo test lint types unit conformance scenarios race peers-race chaos check mutate docs docs-check bench build clean
+.PHONY: help setup setup-transports demo test lint types unit conformance scenarios race peers-race coverage verify verify-long chaos check mutate docs docs-check bench build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -68,6 +68,15 @@ mutate: setup  ## change the declared machines in every way, and see who notices
 
 peers-race: setup  ## search released session layers of others for races, in environments of their own (10 min, 6 GB in out/peers)
 	$(BIN)/python -m pd_fsm.testing.peer_layers.report $(ARGS)
+
+coverage: setup  ## which rows of the machines scenarios, explorer and simulator take, painted on the diagrams (1 min)
+	$(BIN)/python -m pd_fsm.testing.coverage tests/scenarios --jobs 2 $(ARGS)
+
+verify: setup  ## the whole ladder of checks, in one table (under 10 min)
+	$(BIN)/python -m pd_fsm.testing.verify $(ARGS)
+
+verify-long: setup  ## the same, each step larger by FACTOR (hours)
+	$(BIN)/python -m pd_fsm.testing.verify --long $(or $(FACTOR),20) $(ARGS)
 
 chaos: setup  ## kill, stop, cut and restart real processes, then look for lost rooms and pages (3 min)
 	$(BIN)/python -m pd_fsm.testing.chaos $(ARGS)

@@ -284,3 +284,7 @@ def _replay(path: Path) -> int:
             return 1
     print("at rest" if replay.at_rest() else "not at rest: what can happen next was not looked at")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
