@@ -50,7 +50,7 @@ def steps(factor: int) -> list[Step]:
     """The ladder; `factor` scales what can be scaled."""
     long = factor > 1
     profile = {"HYPOTHESIS_PROFILE": "nightly" if long else "ci"}
-    every_transport = ("tests/test_memory.py", "tests/test_zmq.py", "tests/test_conformance.py")
+    every_transport = ("tests/test_memory.py", "tests/test_zmq.py", "tests/test_conformance.py", "tests/test_conformance_faults.py")
     return [
         Step("machines", "holes, overlaps, ways out of terminals", _pytest("tests/test_machines.py"), _passed),
         Step(
