@@ -103,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in table.rows():
             print(f"{row.id:56}" + "".join(f" {coverage[source].get(row.id, 0):>10,}" for source in SOURCES))
     missing = never_taken(coverage)
-    for row in missing:
-        print(f"NEVER TAKEN: {row}: test it, or take it out of the machine")
+    for name in missing:
+        print(f"NEVER TAKEN: {name}: test it, or take it out of the machine")
     print(f"{len(_all_rows()) - len(missing)} of {len(_all_rows())} rows were taken; painted in {args.out}")
     return 1 if missing else 0
 
