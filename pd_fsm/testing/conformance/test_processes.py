@@ -28,7 +28,7 @@ SIDES = ("prefill", "decode")
 BURST = 40
 PATIENCE_S = 20.0
 STRIKE_MS_MAX = 60.0
-ENDS = ("SUCCESS", "peer_lost", "peer_failed", "peer_abort", "transport", "abort: as told")
+ENDS = ("SUCCESS", "peer_lost", "peer_failed", "peer_refused", "peer_abort", "transport", "abort: as told")
 """How rooms of a survivor may end."""
 DEADLINES = {"heartbeat_ms": 100, "lost_ms": 1_500, "repeat_min_ms": 20, "repeat_max_ms": 200, "handshake_ms": 5_000}
 
@@ -87,12 +87,14 @@ class Pair:
         seen: dict[str, Any] = self.children[side].do("rooms")
         return seen
 
-    def until_over(self, *sides: str, free: bool = True) -> None:
-        """Every room of these sides concluded and, with `free`, its memory is back."""
+    def until_over(self, *sides: str, free: bool = True, routed: bool = False) -> None:
+        """Every room of these sides concluded and, with `free`, its memory is back; `routed` with a router, see `route`."""
         deadline = time.monotonic() + PATIENCE_S
         left: list[Any] = [""]
         while left:
             assert time.monotonic() < deadline, f"waited {PATIENCE_S:g} s for {left[:5]}"
+            for side in sides if routed else ():
+                self.route(side)
             left = [
                 (side, room, seen) for side in sides for room, seen in self.rooms(side).items() if not (seen[1] and seen[2] >= free)
             ]
@@ -197,8 +199,7 @@ def test_one_side_ends_in_the_middle_of_a_burst(pair: Pair, side: str, killed: b
     if not killed:
         assert statuses == [0], f"{side} did not close in an orderly way: {statuses}"
     survivor = other(side)
-    pair.route(survivor)
-    pair.until_over(survivor, free=False)
+    pair.until_over(survivor, free=False, routed=True)
     time.sleep(min(pair.residual_ms / 1e3, 3.0) + 0.3)  # what the network held has landed
     report = pair.judge(survivor)
     for life in report["lives"]:
