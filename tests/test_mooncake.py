@@ -180,8 +180,9 @@ def test_a_reader_killed_while_it_is_written_to(side: WritingSide) -> None:
 
 
 @pytest.mark.parametrize("side", [{"stall_ms": 300.0}], indirect=True)
-def test_a_stopped_reader_settles_nothing_until_it_goes_on(side: WritingSide) -> None:
+def test_a_stopped_reader_settles_nothing_until_it_goes_on(side: WritingSide, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long: silence is no proof. Its engine is replaced, and everybody else is written to meanwhile."""
+    monkeypatch.setattr(mooncake_engine, "ANSWER_S", 0.1)
     with Reader(PAGES, PAGE_BYTES) as reader, Reader(PAGES, PAGE_BYTES) as other:
         side.data.peer_up(b"D" * 16, reader.descriptor)
         assert side.ends(side.write(b"D" * 16, [0], [0])) == [[ev.WriteDone]]
@@ -194,7 +195,7 @@ def test_a_stopped_reader_settles_nothing_until_it_goes_on(side: WritingSide) ->
             assert side.ends(side.write(b"E" * 16, [n], [n])) == [[ev.WriteDone]]
         side.data.cancel(ops[1])
         until(lambda: side.data._writer._home.number != 0 and side.data._writer._retired is None, "the old engine was closed")
-        time.sleep(10 * RESIDUAL_MS / 1e3)  # far more than it would take if the reader answered
+        time.sleep(10 * RESIDUAL_MS / 1e3)  # far more than it would take if silence were an answer
         assert not any(ev.WriteSettled in side.outcomes(op) for op in ops)
         reader.send(signal.SIGCONT)
         assert side.ends(ops[0]) == [[ev.WriteUnknown, ev.WriteSettled]]
@@ -243,6 +244,18 @@ def test_memory_that_is_unregistered_while_it_is_written_to(side: WritingSide) -
         assert found[1] == [ev.WriteUnknown, ev.WriteSettled], "the second came after the memory was gone"
         if found[0] != [ev.WriteDone]:
             assert side.data.figures()["engines"] == 1
+
+
+def test_a_batch_of_which_the_reader_refuses_one_copy_is_not_done(side: WritingSide) -> None:
+    """Its last copy is placed, one in the middle was for memory that is not registered."""
+    with Reader(PAGES, PAGE_BYTES) as reader:
+        said = msgspec.msgpack.decode(reader.descriptor, type=Descriptor)
+        more = (2 * PAGES * PAGE_BYTES).to_bytes(8, "little")
+        side.data.peer_up(b"D" * 16, msgspec.msgpack.encode(msgspec.structs.replace(said, region_nbytes=more)))
+        assert side.ends(side.write(b"D" * 16, [0, 2, 4], [0, PAGES + 3, 4])) == [[ev.WriteUnknown, ev.WriteSettled]]
+        assert side.data.figures()["engines"] == 1
+        assert reader.pages()[4] == 5
+        assert side.ends(side.write(b"D" * 16, [1], [1])) == [[ev.WriteDone]]
 
 
 def test_a_successor_at_the_same_address_gets_a_new_engine(side: WritingSide) -> None:
