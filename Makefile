@@ -6,10 +6,10 @@ TORCH  ?= torch==2.13.0  # the CPU build; without the pin pip would fetch gigaby
 TRANSPORT ?= zmq
 NIXL   ?= nixl==1.5.1 nixl-cu12==1.5.1  # runs on a CPU, too; without its dependencies, which are a CUDA torch
 MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1  # without its dependencies: they are its store's
-SOURCES := pd_fsm transports examples benchmarks tests
+SOURCES := pd_fsm transports examples benchmarks tests specs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-transports demo test lint types unit conformance scenarios race peers-race coverage verify verify-long chaos check mutate docs docs-check bench build clean
+.PHONY: help setup setup-transports demo test lint types unit conformance scenarios race peers-race coverage verify verify-long chaos check spec mutate docs docs-check bench build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -46,7 +46,7 @@ lint: setup  ## ruff: format and rules
 types: setup  ## mypy --strict on the package
 	rm -rf .types && mkdir -p .types && cp -R pd_fsm .types/pd_fsm
 	cp -R transports .types/pd_fsm/transports && cp -R examples .types/pd_fsm/examples && cp -R benchmarks .types/pd_fsm/benchmarks
-	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache pd_fsm
+	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache pd_fsm ../specs/check.py
 
 unit: setup setup-transports  ## the tests alone; ARGS are passed to pytest
 	$(BIN)/python -m pytest $(ARGS)
@@ -62,6 +62,9 @@ race: setup  ## simulate 500 fleets under faults; ARGS="--sim --seed 4711 --mini
 
 check: setup  ## explore every interleaving of small worlds of real cores; ARGS="smallest losses=1" for one of your own (2 min)
 	$(BIN)/pd-fsm check $(ARGS)
+
+spec: setup  ## model-check the specification, and the code against it; needs rumur (apt install rumur) and a C compiler (3 min)
+	$(BIN)/python specs/check.py $(ARGS)
 
 mutate: setup  ## change the declared machines in every way, and see who notices (3 min)
 	$(BIN)/python -m pd_fsm.testing.mutate tests/scenarios $(ARGS)

@@ -93,6 +93,18 @@ class Grant:
         return bool(self.writers) and all(counts[w] and counts[w] == self.chunks_total.get(w) for w in self.writers)
 
 
+@attrs.frozen
+class Taken:
+    """A row that a core took, as a trace has it. `room` and `generation` are -1 and 0 for a row of a peer."""
+
+    actor: str
+    life: int
+    machine: str
+    row: str
+    room: int
+    generation: int
+
+
 @attrs.define(eq=False)
 class Actor:
     """One engine process: its address outlives it, its core does not."""
@@ -155,6 +167,7 @@ class World:
         self.residual_ms = 0.0  # how long bytes of a dead process may stay in the network, as the data plane declares it
         self.announced: dict[int, tuple[int, int]] = {}  # dp_rank and serial of each room, at the rendezvous
         self.log: list[str] = []
+        self.rows: list[Taken] = []  # since the beginning, in order
         self._incarnations: dict[bytes, tuple[str, int]] = {}
         self._packets = 0
         self._announcements = 0
@@ -573,6 +586,8 @@ class World:
     # --- the story -------------------------------------------------------------------------------------------------------
 
     def _traced(self, actor: Actor, step: Step) -> None:
+        room = (step.room.room, step.room.generation) if step.room is not None else (-1, 0)
+        self.rows.append(Taken(actor.name, actor.life, step.machine, step.row, *room))
         if step.machine == "peer" and step.peer is not None and step.before != step.after:
             self.log.append(f"{actor.name} peer {step.peer.name}: {step.after}")
         elif step.machine == "lease" and step.room is not None and step.before != step.after:
