@@ -9,7 +9,7 @@ MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1  # without its depen
 SOURCES := pd_fsm transports examples benchmarks tests specs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-transports demo test lint types unit conformance scenarios race peers-race coverage verify verify-long chaos check spec mutate docs docs-check bench build clean
+.PHONY: help setup setup-transports setup-spec demo test lint types unit conformance scenarios race peers-race coverage verify verify-long chaos check spec mutate docs docs-check bench build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -33,6 +33,14 @@ $(VENV)/.transports: $(VENV)/.ready
 	$(BIN)/pip install --quiet --no-deps $(MOONCAKE)
 	touch $@
 
+setup-spec: $(VENV)/.spec  ## the model checker and a C compiler, for the specification
+
+$(VENV)/.spec: $(VENV)/.ready
+	@command -v rumur >/dev/null && command -v cc >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq rumur gcc libc6-dev; \
+	  else echo "the specification needs rumur and a C compiler: apt install rumur gcc libc6-dev (as root), then make setup-spec"; exit 1; fi; }
+	touch $@
+
 demo: setup  ## real engine processes hand their KV cache over; checks the answers (under 2 min)
 	$(BIN)/pd-fsm demo --transport $(TRANSPORT) $(ARGS)
 
@@ -48,7 +56,7 @@ types: setup  ## mypy --strict on the package
 	cp -R transports .types/pd_fsm/transports && cp -R examples .types/pd_fsm/examples && cp -R benchmarks .types/pd_fsm/benchmarks
 	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache pd_fsm ../specs/check.py
 
-unit: setup setup-transports  ## the tests alone; ARGS are passed to pytest
+unit: setup setup-transports setup-spec  ## the tests alone; ARGS are passed to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
 conformance: setup  ## the conformance kit on TRANSPORT=zmq, a name or module:factory; ARGS are passed to pytest (1 min)
@@ -63,7 +71,7 @@ race: setup  ## simulate 500 fleets under faults; ARGS="--sim --seed 4711 --mini
 check: setup  ## explore every interleaving of small worlds of real cores; ARGS="smallest losses=1" for one of your own (2 min)
 	$(BIN)/pd-fsm check $(ARGS)
 
-spec: setup  ## model-check the specification, and the code against it; needs rumur (apt install rumur) and a C compiler (3 min)
+spec: setup-spec  ## model-check the specification, and the code against it (3 min)
 	$(BIN)/python specs/check.py $(ARGS)
 
 mutate: setup  ## change the declared machines in every way, and see who notices (3 min)
@@ -75,10 +83,10 @@ peers-race: setup  ## search released session layers of others for races, in env
 coverage: setup  ## which rows of the machines scenarios, explorer and simulator take, painted on the diagrams (1 min)
 	$(BIN)/python -m pd_fsm.testing.coverage tests/scenarios --jobs 2 $(ARGS)
 
-verify: setup  ## the whole ladder of checks, in one table (under 10 min)
+verify: setup setup-spec  ## the whole ladder of checks, in one table (under 10 min)
 	$(BIN)/python -m pd_fsm.testing.verify $(ARGS)
 
-verify-long: setup  ## the same, each step larger by FACTOR (hours)
+verify-long: setup setup-spec  ## the same, each step larger by FACTOR (hours)
 	$(BIN)/python -m pd_fsm.testing.verify --long $(or $(FACTOR),20) $(ARGS)
 
 chaos: setup  ## kill, stop, cut and restart real processes, then look for lost rooms and pages (3 min)
