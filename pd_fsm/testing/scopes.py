@@ -112,14 +112,8 @@ SCOPES = (
     Scope(name="writers", about="two prefill ranks write to one decode rank", prefills=2, deadlines="none", long=True),
     Scope(name="reuse-both", about="both sides open the room twice", opens=(2, 2), long=True),
     Scope(
-        name="loss-more",
-        about="two frames are lost, one comes twice, both give up",
-        losses=2,
-        duplicates=1,
-        aborts=(1, 1),
-        long=True,
+        name="loss-more", about="one frame is lost, one comes twice, both give up", losses=1, duplicates=1, aborts=(1, 1), long=True
     ),
-    Scope(name="crash-both", about="both are killed and come back", crashes=(1, 1), opens=(2, 2), deadlines="none", long=True),
     Scope(name="handshake-crash", about="a handshake with a loss and a kill", met=False, losses=1, crashes=(1, 0), long=True),
     Scope(name="grant-abort", about="decode reserves late and gives up", granted_late=True, aborts=(0, 1), long=True),
     Scope(name="rude-crash", about="every message in every state, after a kill", rude=True, crashes=(1, 1), long=True),
