@@ -6,6 +6,7 @@ in processes that meet over `torch.distributed` (this file, run as a module, is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -568,8 +569,11 @@ def test_real_processes_over_gloo(scheme: str, tmp_path: Path) -> None:
     if scheme == "tcp":
         import socket
 
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        # Below the range from which connections take their ports: one of those could take it before rank 0 listens there.
+        for port in random.sample(range(20_000, 32_000), 100):
+            with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+                address = f"tcp://127.0.0.1:{port}"
+                break
     ranks = RANKS if scheme == "file" else 2
     command = [sys.executable, "-m", "tests.test_agreement", address, str(ranks)]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
