@@ -9,7 +9,7 @@ MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1  # without its depen
 SOURCES := pd_fsm transports examples benchmarks tests specs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-transports setup-spec demo test lint types unit conformance scenarios race peers-race coverage verify verify-long chaos check spec mutate docs docs-check bench build clean
+.PHONY: help setup setup-transports setup-spec demo test lint types unit conformance scenarios race peers-race coverage verify verify-long chaos check spec mutate mutate-functions docs docs-check bench build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -76,6 +76,9 @@ spec: setup-spec  ## model-check the specification, and the code against it (3 m
 
 mutate: setup  ## change the declared machines in every way, and see who notices (3 min)
 	$(BIN)/python -m pd_fsm.testing.mutate tests/scenarios $(ARGS)
+
+mutate-functions: setup  ## change the code of the wire and the timers; ARGS="--all" for the whole core (4 min)
+	$(BIN)/python -m pd_fsm.testing.mutate_functions tests $(ARGS)
 
 peers-race: setup  ## search released session layers of others for races, in environments of their own (10 min, 6 GB in out/peers)
 	$(BIN)/python -m pd_fsm.testing.peer_layers.report $(ARGS)
