@@ -79,6 +79,7 @@ ALONE: Mapping[str, Mapping[str, int]] = {
     "forgotten": {"SILENCES": 1, "D_ABORTS": 1, "LOSSES": 1},
     "lookups": {"LOOKUPS": 1, "P_ABORTS": 1, "D_ABORTS": 1},
     "planes": {"NOTIFIES": 2, "VOUCHES": 2, "CHUNKS": 2, "ANY_LAST": 1, "D_ABORTS": 1},
+    "vouched": {"VOUCHES": 1, "CHUNKS": 2, "P_ABORTS": 1, "D_ABORTS": 1, "P_DEATHS": 1},
     "two-doubts": {"CHUNKS": 2, "P_ABORTS": 1, "DOUBTS": 2, "FAILS": 1},
     "two-grants": {"GENS": 2},
 }

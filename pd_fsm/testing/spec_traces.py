@@ -116,7 +116,10 @@ def rooms_of(name: str, lines: Sequence[Line]) -> Iterator[tuple[Trace, str]]:
         roles = Counter(role for role, _ in processes)
         trace = Trace(f"{name} room {room}", tuple((line.role[0].upper(), line.row) for line in own))
         several = any(count > 1 for count in roles.values())
-        yield trace, "several processes of a role have the room" if several else _left_out(trace)
+        # A generation of decode's that was bound to an earlier life of prefill's process is another peer's.
+        tried_again = len({line.generation for line in own if line.role == "decode"}) > 1
+        restarted = tried_again and len({line.process for line in lines if line.role == "prefill"}) > 1
+        yield trace, "several processes of a role have the room" if several or restarted else _left_out(trace)
 
 
 def _left_out(trace: Trace) -> str:
