@@ -6,6 +6,7 @@ TORCH  ?= torch==2.13.0  # the CPU build; without the pin pip would fetch gigaby
 TRANSPORT ?= zmq
 NIXL   ?= nixl==1.5.1 nixl-cu12==1.5.1  # runs on a CPU, too; without its dependencies, which are a CUDA torch
 MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1  # without its dependencies: they are its store's
+MOONCAKE_APT := libibverbs1 libnuma1 libcurl4
 SOURCES := pd_fsm transports examples benchmarks tests specs
 
 .DEFAULT_GOAL := help
@@ -26,9 +27,10 @@ $(VENV)/.ready: pyproject.toml
 setup-transports: $(VENV)/.transports  ## the transfer libraries that run on this machine, for their tests
 
 $(VENV)/.transports: $(VENV)/.ready
-	@ldconfig -p | grep -q 'libibverbs.so.1 ' || { \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq libibverbs1; \
-	  else echo "Mooncake needs the system's libibverbs: apt install libibverbs1 (as root), then make setup-transports"; exit 1; fi; }
+	@for lib in libibverbs.so.1 libnuma.so.1 libcurl.so.4; do ldconfig -p | grep -q "$$lib " || missing=1; done; \
+	if [ -n "$$missing" ]; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq $(MOONCAKE_APT); \
+	  else echo "Mooncake needs system libraries: apt install $(MOONCAKE_APT) (as root), then make setup-transports"; exit 1; fi; fi
 	$(BIN)/pip install --quiet --no-deps $(NIXL)
 	$(BIN)/pip install --quiet --no-deps $(MOONCAKE)
 	touch $@

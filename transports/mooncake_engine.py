@@ -27,7 +27,7 @@ from pd_fsm.kv.registration import Block
 PACKAGES = ("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda", "mooncake-transfer-engine-npu")
 INSTALL = (
     "pip install mooncake-transfer-engine (CUDA; without an accelerator mooncake-transfer-engine-non-cuda, on Ascend "
-    "mooncake-transfer-engine-npu), and the system's libibverbs (Debian: apt install libibverbs1), which every build needs"
+    "mooncake-transfer-engine-npu), and what every build loads (Debian: apt install libibverbs1 libnuma1 libcurl4)"
 )
 OLDEST = (0, 3, 13)
 """Over tcp, this and later ones call a write complete when the reader has placed it; earlier ones when it left the writer."""
