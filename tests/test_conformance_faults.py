@@ -124,6 +124,12 @@ def test_the_example_of_the_page_has_its_bug_and_its_fix(tmp_path: Path) -> None
         folder = tmp_path / name
         folder.mkdir()
         (folder / "carrier.py").write_text(code)
-        status, said = run(folder, "carrier:create", {}, f"{PACKAGE}.test_planes", "-k", "cancelled or lost_peer or comes_after")
-        assert status == (pytest.ExitCode.TESTS_FAILED if name == "wrong" else pytest.ExitCode.OK), said
+        wanted = pytest.ExitCode.TESTS_FAILED if name == "wrong" else pytest.ExitCode.OK
+        for _ in range(8 if name == "wrong" else 1):  # the bug is a race of real threads, which a run may miss on a busy machine
+            status, said = run(
+                folder, "carrier:create", {}, f"{PACKAGE}.test_planes", "-k", "cancelled or lost_peer or comes_after"
+            )
+            if status == wanted:
+                break
+        assert status == wanted, said
         assert ("and nothing may touch them" in said) == (name == "wrong")
