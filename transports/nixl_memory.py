@@ -264,7 +264,7 @@ def blocks_of(plan: Plan, route: Route, bytes_max: int) -> list[Blocks]:
         raise WireError(f"bytes {plan.destination[bad]}+{nbytes[bad]} are beyond the end of region {region[bad]} of the peer")
     made = _as_items(plan, route) if route.same_items else None
     if made is None:
-        plan = _cut(plan, bytes_max)
+        plan = plan.cut(bytes_max)
         region = plan.region
         made = (
             region,
@@ -314,22 +314,6 @@ def _expand(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.in
     ends = np.cumsum(count)
     numbers: NDArray[np.int64] = np.arange(int(ends[-1])) + np.repeat(first - (ends - count), count)
     return numbers
-
-
-def _cut(plan: Plan, bytes_max: int) -> Plan:
-    """The same plan with no copy longer than `bytes_max`."""
-    if len(plan) == 0 or plan.nbytes.max() <= bytes_max:
-        return plan
-    pieces = -(-plan.nbytes // bytes_max)
-    owner = np.repeat(np.arange(len(plan)), pieces)
-    step = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * bytes_max
-    return Plan(
-        plan.region[owner],
-        plan.source[owner] + step,
-        plan.destination[owner] + step,
-        np.minimum(plan.nbytes[owner] - step, bytes_max),
-        plan.total_bytes,
-    )
 
 
 def transfers_of(blocks: Blocks, bytes_max: int, copies_max: int) -> list[Blocks]:

@@ -255,7 +255,7 @@ class ZmqData:
         if lane is None:
             self._host.emit(ev.WriteFailed(op, "there is no data connection to the peer"))
             return
-        plan = _cut(plan, self._segment_bytes_max)
+        plan = plan.cut(self._segment_bytes_max)
         write = Write(op, generation, plan, notice, _segments(plan, self._segment_bytes_max))
         lane.writes[op] = write
         lane.queue.append(write)
@@ -408,22 +408,6 @@ def _unpack(packed: bytes, dtype: str) -> NDArray[Any]:
         return np.frombuffer(packed, dtype=dtype)
     except ValueError as error:
         raise WireError(f"packed array of {len(packed)} bytes: {error}") from None
-
-
-def _cut(plan: Plan, bytes_max: int) -> Plan:
-    """The same plan with no copy longer than a segment."""
-    if plan.total_bytes <= bytes_max or plan.nbytes.max() <= bytes_max:
-        return plan
-    pieces = -(-plan.nbytes // bytes_max)
-    owner = np.repeat(np.arange(len(plan)), pieces)
-    step = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * bytes_max
-    return Plan(
-        plan.region[owner],
-        plan.source[owner] + step,
-        plan.destination[owner] + step,
-        np.minimum(plan.nbytes[owner] - step, bytes_max),
-        plan.total_bytes,
-    )
 
 
 def _segments(plan: Plan, bytes_max: int) -> Iterator[tuple[int, int]]:

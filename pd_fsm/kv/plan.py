@@ -31,6 +31,21 @@ class Plan:
     def __len__(self) -> int:
         return len(self.region)
 
+    def cut(self, bytes_max: int) -> Plan:
+        """The same plan with no copy longer than `bytes_max`; itself when none is."""
+        if self.total_bytes <= bytes_max or self.nbytes.max() <= bytes_max:
+            return self
+        pieces = -(-self.nbytes // bytes_max)
+        owner = np.repeat(np.arange(len(self)), pieces)
+        step = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * bytes_max
+        return Plan(
+            self.region[owner],
+            self.source[owner] + step,
+            self.destination[owner] + step,
+            np.minimum(self.nbytes[owner] - step, bytes_max),
+            self.total_bytes,
+        )
+
 
 def make_plan(layout: KVLayout, copies: Copies, aux: tuple[int, int] | None) -> Plan:
     """The plan of one operation: `copies` of pages for each index space, and the aux row (source, destination) if any.

@@ -93,18 +93,13 @@ def copies_of(plan: Plan, local: AddressTable, remote: AddressTable, bytes_max: 
         if beyond.any():
             bad = int(np.argmax(beyond))
             raise ValueError(f"bytes {offset[bad]}+{plan.nbytes[bad]} are beyond the {what}'s region {region[bad]}")
-    source = local.address[region] + plan.source.astype(np.uint64)
-    destination = remote.address[region] + plan.destination.astype(np.uint64)
+    plan = plan.cut(bytes_max)
+    source = local.address[plan.region] + plan.source.astype(np.uint64)
+    destination = remote.address[plan.region] + plan.destination.astype(np.uint64)
     nbytes = plan.nbytes
     if not nbytes.all():  # a copy of nothing
         some = nbytes > 0
         source, destination, nbytes = source[some], destination[some], nbytes[some]
-    if len(nbytes) and nbytes.max() > bytes_max:
-        pieces = -(-nbytes // bytes_max)
-        owner = np.repeat(np.arange(len(nbytes)), pieces)
-        step = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * bytes_max
-        source, destination = source[owner] + step.astype(np.uint64), destination[owner] + step.astype(np.uint64)
-        nbytes = np.minimum(nbytes[owner] - step, bytes_max)
     return Copies(source, destination, nbytes)
 
 
