@@ -45,6 +45,26 @@ class Action:
     per_life: bool = False
 
 
+def engine_actions(
+    create: Callable[[int], Any], handle: Callable[[], Any], clear: Callable[[], Any], failure: Callable[[], Any]
+) -> list[Action]:
+    """What a scheduler does to a room of any layer of this shape. `handle` gives the handle that is open; `failure` raises the
+    room's failure, after which it is not used any more."""
+    return [
+        Action("create", "create", "the scheduler takes a request", lambda p, _: not p.open and p.life < 2, create),
+        Action("poll", "poll", "the scheduler's loop", lambda p, _: p.open, lambda _: handle().poll()),
+        Action(
+            "abort",
+            "abort",
+            "the client left",
+            lambda p, _: p.open and not p.aborted and p.polled not in (FAILED, SUCCESS),
+            lambda _: handle().abort(),
+        ),
+        Action("failure_exception", "raise", "poll said Failed", lambda p, _: p.open and p.polled == FAILED, lambda _: failure()),
+        Action("clear", "clear", "poll said Success", lambda p, _: p.open and p.polled == SUCCESS, lambda _: clear()),
+    ]
+
+
 class Layer(Protocol):
     """A session layer with one room."""
 

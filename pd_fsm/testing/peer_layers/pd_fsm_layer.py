@@ -13,7 +13,7 @@ import numpy as np
 
 import pd_fsm
 from pd_fsm.runtime.session import Handle, Session
-from pd_fsm.testing.peer_layers.adapter import FAILED, SUCCESS, WAITING_FOR_INPUT, Action
+from pd_fsm.testing.peer_layers.adapter import WAITING_FOR_INPUT, Action, engine_actions
 from pd_fsm.testing.snapshot import freeze
 
 ROOM = 7
@@ -71,23 +71,7 @@ class PdFsmLayer:
 
     def actions(self) -> list[Action]:
         shared = [
-            Action("create", "create", "the scheduler takes a request", lambda p, _: not p.open and p.life < 2, self._create),
-            Action("poll", "poll", "the scheduler's loop", lambda p, _: p.open, lambda _: self._handle.poll()),
-            Action(
-                "abort",
-                "abort",
-                "the client left",
-                lambda p, _: p.open and not p.aborted and p.polled not in (FAILED, SUCCESS),
-                lambda _: self._handle.abort(),
-            ),
-            Action(
-                "failure_exception",
-                "raise",
-                "poll said Failed",
-                lambda p, _: p.open and p.polled == FAILED,
-                lambda _: self._raise(),
-            ),
-            Action("clear", "clear", "poll said Success", lambda p, _: p.open and p.polled == SUCCESS, lambda _: self._clear()),
+            *engine_actions(self._create, lambda: self._handle, self._clear, self._raise),
             Action("messages arrive", "", "both drivers run", lambda p, _: p.life > 0, lambda _: self._arrive()),
             Action(
                 "the other side aborts",

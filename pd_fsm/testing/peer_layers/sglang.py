@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_fsm.testing.peer_layers.adapter import FAILED, SUCCESS, WAITING_FOR_INPUT, Action
+from pd_fsm.testing.peer_layers.adapter import FAILED, SUCCESS, WAITING_FOR_INPUT, Action, engine_actions
 
 ROOM = 7
 ADDRESS = "127.0.0.1:8998"
@@ -336,25 +336,7 @@ class SglangLayer:
         return tables, plain
 
     def actions(self) -> list[Action]:
-        engine = [
-            Action("create", "create", "the scheduler takes a request", lambda p, _: not p.open and p.life < 2, self._create),
-            Action("poll", "poll", "the scheduler's loop", lambda p, _: p.open, lambda _: self._handle.poll()),
-            Action(
-                "abort",
-                "abort",
-                "the client left",
-                lambda p, _: p.open and not p.aborted and p.polled not in (FAILED, SUCCESS),
-                lambda _: self._handle.abort(),
-            ),
-            Action(
-                "failure_exception",
-                "raise",
-                "poll said Failed",
-                lambda p, _: p.open and p.polled == FAILED,
-                lambda _: self._raise(),
-            ),
-            Action("clear", "clear", "poll said Success", lambda p, _: p.open and p.polled == SUCCESS, lambda _: self._clear()),
-        ]
+        engine = engine_actions(self._create, lambda: self._handle, self._clear, self._raise)
         return engine + (self._sender_actions() if self._side == "sender" else self._receiver_actions())
 
     def _sender_actions(self) -> list[Action]:
@@ -385,14 +367,7 @@ class SglangLayer:
                 lambda _: self._update(WAITING_FOR_INPUT),
                 per_life=True,
             ),
-            Action(
-                "the transfer worker is done",
-                "done",
-                "a worker thread may be that late",
-                lambda p, life: life in p.sent and life not in p.ended,
-                lambda _: self._update(SUCCESS),
-                per_life=True,
-            ),
+            _ends("the transfer worker is done", "done", "a worker thread may be that late", lambda: self._update(SUCCESS)),
             Action(
                 "the transfer worker fails",
                 "failed",
@@ -430,22 +405,8 @@ class SglangLayer:
                 lambda p, _: p.open and not p.initialised and not p.refused,
                 lambda _: self._init_down(),
             ),
-            Action(
-                "prefill says success",
-                "done",
-                "the network may be that slow",
-                lambda p, life: life in p.sent and life not in p.ended,
-                lambda _: self._update(SUCCESS),
-                per_life=True,
-            ),
-            Action(
-                "prefill says failed",
-                "failed",
-                "the network may be that slow",
-                lambda p, life: life in p.sent and life not in p.ended,
-                lambda _: self._fail(),
-                per_life=True,
-            ),
+            _ends("prefill says success", "done", "the network may be that slow", lambda: self._update(SUCCESS)),
+            _ends("prefill says failed", "failed", "the network may be that slow", self._fail),
         ]
 
     # --- what the actions do -------------------------------------------------------------------------------------------------
@@ -484,6 +445,11 @@ class SglangLayer:
             self._handle.init(0)
         finally:
             self._requests.up = True
+
+
+def _ends(name: str, kind: str, why: str, do: Callable[[], None]) -> Action:
+    """What was sent in some life ends, once, in that life or later."""
+    return Action(name, kind, why, lambda p, life: life in p.sent and life not in p.ended, lambda _: do(), per_life=True)
 
 
 def _items(held: Any) -> Any:
