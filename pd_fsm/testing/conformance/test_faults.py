@@ -47,7 +47,8 @@ def test_an_abort_at_every_point_of_a_rooms_life(target: Target, directory: Path
         for order in range(ORDERS):
             reached = next((point for point in range(POINTS_MAX) if not abort_at(storm, side, late, order, point)), None)
             assert reached is not None, f"no room was over within {POINTS_MAX} rounds: later points were not tried"
-            assert reached > 3, "a room that is over at once has no points"
+            # With two rounds the last chunk is handed in after the second; with three, a round of both sides may be enough for it.
+            assert reached > 2, "the room was over before its last chunk was handed in"
         storm.finish()
 
 
